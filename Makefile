@@ -1,0 +1,54 @@
+# bitatlas. `make run` and `make test` need Python 3.11+ and make, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+VIEW := build/typing/bitatlas
+MODEL ?=
+PORT ?= 8501
+
+.PHONY: run test test-fast check lint types walls smollm2 smollm2-moe clean gpu
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	touch $@
+
+$(VIEW): $(STAMP)
+	mkdir -p $@
+	for d in app analysis solvers kernels cache; do ln -sfn ../../../$$d $@/$$d; done
+
+run: $(STAMP)
+	$(BIN)/bitatlas serve --port $(PORT) $(MODEL)
+
+test: $(STAMP)
+	$(BIN)/python tests/browser/ensure_chromium.py
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not browser"
+
+check: lint types walls
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VIEW)
+	$(BIN)/mypy -p bitatlas
+	$(BIN)/python tests/planted_error.py
+
+walls: $(VIEW)
+	PYTHONPATH=build/typing $(BIN)/lint-imports
+
+smollm2: $(STAMP)
+	$(BIN)/python examples/smollm2.py models/smollm2
+
+smollm2-moe: smollm2
+	$(BIN)/python examples/smollm2_moe.py models/smollm2 models/smollm2-moe
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Nouns, model index, calibration, metrics and verification."""

@@ -1,0 +1,41 @@
+"""The nouns every other folder speaks. Torch-free: solvers, cache, scan and the pages import this alone.
+
+Damage is KL(original || quantised) in nats per token unless a metric says otherwise. Bits per weight are
+effective (scales and zeros counted). Budgets are bytes.
+"""
+
+from bitatlas.analysis.schema.allocation import (
+    ALLOCATION_SCHEMA,
+    Allocation,
+    Budget,
+    Frontier,
+    null_nan,
+    resolve_pins,
+)
+from bitatlas.analysis.schema.damage import NO_FORMAT, DamageRow, Provenance, SensitivityTable
+from bitatlas.analysis.schema.model import KeptTensor, KvGeometry, ModelIndex, QuantUnit, TieGroup
+from bitatlas.kernels.errors import UserError
+from bitatlas.kernels.formats import FORMATS, Format, expand_formats, parse_format
+
+__all__ = [
+    "ALLOCATION_SCHEMA",
+    "FORMATS",
+    "NO_FORMAT",
+    "Allocation",
+    "Budget",
+    "DamageRow",
+    "Format",
+    "Frontier",
+    "KeptTensor",
+    "KvGeometry",
+    "ModelIndex",
+    "Provenance",
+    "QuantUnit",
+    "SensitivityTable",
+    "TieGroup",
+    "UserError",
+    "expand_formats",
+    "null_nan",
+    "parse_format",
+    "resolve_pins",
+]
