@@ -1,0 +1,52 @@
+"""The table of metrics. A new one is a new file here and one line in `METRICS`; its order is the menus' order."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
+from bitatlas.kernels.errors import UserError
+
+__all__ = ["METRICS", "Cost", "Metric", "StepResult", "check_settings", "get_metric", "metric_of_value"]
+
+_TABLE: tuple[type[Metric], ...] = ()
+
+METRICS: dict[str, type[Metric]] = {metric.NAME: metric for metric in _TABLE}
+
+
+def get_metric(name: str) -> Metric:
+    """A metric by its name, ready to run.
+
+    Raises:
+        UserError: no such metric; the message names the nearest ones.
+    """
+    wanted = name.strip().lower().replace("-", "_")
+    if wanted in METRICS:
+        return METRICS[wanted]()
+    owner = metric_of_value(wanted)
+    if owner:
+        raise UserError(f"{name!r} is a value of the metric {owner}", fix=f"--metric {owner}")
+    near = difflib.get_close_matches(wanted, METRICS, n=3, cutoff=0.4)
+    raise UserError(
+        f"there is no metric called {name!r}",
+        found=f"nearest: {', '.join(near) or 'none'}",
+        fix=f"one of {', '.join(METRICS)}; `bitatlas metrics` describes them",
+    )
+
+
+def metric_of_value(value: str) -> str:
+    """Name of the metric whose run emits ``value`` (``weight_error_rel`` -> ``weight_error``), "" when none."""
+    return next((name for name, m in METRICS.items() if value in m.EMITS), "")
+
+
+def check_settings(metrics: Iterable[Metric], settings: Mapping[str, Any]) -> None:
+    """Raises `UserError` unless every setting belongs to one of ``metrics``."""
+    known = sorted({key for m in metrics for key in m.SETTINGS})
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise UserError(
+            f"unknown setting{'s' * (len(unknown) > 1)}: {', '.join(unknown)}",
+            found=f"settings of these metrics: {', '.join(known) or 'none'}",
+        )

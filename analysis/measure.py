@@ -1,0 +1,294 @@
+"""Running a metric: the context it sees, and steps that survive a kill.
+
+A step's result is one file ``<parts>/<step>.npz``, written beside and renamed, before the step counts as
+done. Whoever runs the steps (a test, a job, two workers) can stop anywhere: a file that is there is a step
+that is done, and `finish_metric` may be called again at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import time
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitatlas.analysis.calibration import CalibrationSet, load_tokenizer, make_calibration
+from bitatlas.analysis.schema import DamageRow, ModelIndex, QuantUnit
+from bitatlas.kernels.errors import UserError
+from bitatlas.kernels.formats import Format
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitatlas.analysis.metrics.base import Metric
+
+__all__ = [
+    "MeasureContext",
+    "PartsOnDisk",
+    "StepDone",
+    "finish_metric",
+    "part_path",
+    "run_metric",
+    "run_step",
+]
+
+_ROWS = "__rows__"
+
+
+class MeasureContext:
+    """Everything a metric may look at; what is expensive is made on first use.
+
+    Args:
+        index: the checkpoint.
+        formats: the formats to measure.
+        seed: of everything random.
+        settings: options of the metrics (`Metric.SETTINGS`), JSON-able.
+        text: calibration file; None where the metrics need none.
+        tokens, seq_len: how much of it.
+        text_mode: ``packed`` or ``document``.
+        dtype, device: of the loaded model.
+        calibration, reader, loaded: ready-made ones, instead of those that would be opened here.
+    """
+
+    def __init__(
+        self,
+        index: ModelIndex,
+        formats: Collection[Format] = (),
+        *,
+        seed: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        text: str | Path | None = None,
+        tokens: int = 16384,
+        seq_len: int = 256,
+        text_mode: str = "packed",
+        dtype: str = "float32",
+        device: str = "cpu",
+        calibration: CalibrationSet | None = None,
+        reader: Any = None,
+        loaded: Any = None,
+    ) -> None:
+        self.index = index
+        self.formats = tuple(formats)
+        self.seed = seed
+        self.settings = dict(settings or {})
+        self.text = text
+        self.tokens = tokens
+        self.seq_len = seq_len
+        self.text_mode = text_mode
+        self.dtype = dtype
+        self.device = device
+        # A ready-made part takes the place of the lazy one.
+        ready = {"calibration": calibration, "reader": reader, "loaded": loaded}
+        self.__dict__.update({k: v for k, v in ready.items() if v is not None})
+        self._last: tuple[str, Tensor] | None = None
+
+    @cached_property
+    def reader(self) -> Any:
+        """The checkpoint's weights, one at a time."""
+        from bitatlas.analysis.weights import WeightReader  # type: ignore[import-not-found,unused-ignore]
+
+        return WeightReader(self.index).__enter__()
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The model in memory."""
+        import torch
+
+        from bitatlas.analysis.loaded import LoadedModel  # type: ignore[import-not-found,unused-ignore]
+
+        return LoadedModel.open(self.index, dtype=getattr(torch, self.dtype), device=self.device)
+
+    @cached_property
+    def calibration(self) -> CalibrationSet:
+        """The calibration sequences; needs the tokenizer only, not the model.
+
+        Raises:
+            UserError: no text was given, or it does not do.
+        """
+        if self.text is None:
+            raise UserError(
+                "this metric needs a calibration text", fix="--calibration FILE (text or JSON lines)"
+            )
+        loaded = self.__dict__.get("loaded")
+        tokenizer = loaded.tokenizer if loaded is not None else load_tokenizer(self.index.path)
+        return make_calibration(
+            tokenizer, self.text, self.tokens, self.seq_len, self.seed,
+            mode=self.text_mode, vocab_size=self.index.vocab_size,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    @property
+    def calibration_tokens(self) -> int:
+        """Tokens a pass will see: the real number once the set is made, until then the number asked for."""
+        made = self.__dict__.get("calibration")
+        return made.size if made is not None else -(-self.tokens // self.seq_len) * self.seq_len
+
+    @cached_property
+    def unit_by_key(self) -> dict[str, QuantUnit]:
+        """Unit key -> unit."""
+        return {u.key: u for u in self.index.units}
+
+    def weight(self, unit: QuantUnit) -> Tensor:
+        """(rows, cols) float32 original weight; the last one is kept, so formats of a unit share a read."""
+        if self._last is None or self._last[0] != unit.key:
+            self._last = None
+            self._last = unit.key, self.reader.get(unit)
+        return self._last[1]
+
+    def candidate(self, unit: QuantUnit, fmt: Format) -> Tensor:
+        """(rows, cols) float32: what the unit's weight becomes under ``fmt``."""
+        from bitatlas.kernels.reference import quantize_dequantize
+
+        return quantize_dequantize(self.weight(unit), fmt)
+
+    def random_seed(self, *labels: object) -> int:
+        """A 63-bit seed from the context's seed and ``labels``: the same in every process."""
+        text = json.dumps([self.seed, *map(str, labels)])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+    def rng(self, *labels: object) -> np.random.Generator:
+        """A generator of its own for ``labels`` (step key, unit, probe)."""
+        return np.random.default_rng(self.random_seed(*labels))
+
+    def close(self) -> None:
+        """Lets go of open files and of the model."""
+        reader = self.__dict__.pop("reader", None)
+        if reader is not None:
+            reader.__exit__(None, None, None)
+        self.__dict__.pop("loaded", None)
+        self._last = None
+
+    def __enter__(self) -> MeasureContext:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """Told to ``on_step``: which step, how far, what it found, how long; ``reused`` = it was there already."""
+
+    key: str
+    done: int
+    total: int
+    rows: list[DamageRow]
+    seconds: float
+    reused: bool
+
+
+def part_path(parts_dir: str | Path, key: str) -> Path:
+    """File of a step: readable, safe on every file system, and different for different keys."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", key).strip("-.")[:80]
+    return Path(parts_dir) / f"{safe}.{hashlib.sha256(key.encode()).hexdigest()[:10]}.npz"
+
+
+class PartsOnDisk(Mapping[str, Mapping[str, np.ndarray]]):
+    """step key -> arrays, each read when asked for, so that a run larger than memory can be reduced."""
+
+    def __init__(self, parts_dir: str | Path, keys: Collection[str]) -> None:
+        self._dir = Path(parts_dir)
+        self._keys = tuple(keys)
+
+    def __getitem__(self, key: str) -> Mapping[str, np.ndarray]:
+        found = _read_part(part_path(self._dir, key)) if key in self._keys else None
+        if found is None:
+            raise KeyError(key)
+        return found[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def run_step(metric: Metric, ctx: MeasureContext, parts_dir: str | Path, key: str) -> list[DamageRow]:
+    """Rows of one step; measured unless its part file is there, and saved before this returns."""
+    path = part_path(parts_dir, key)
+    found = _read_part(path)
+    if found is not None:
+        return found[0]
+    result = metric.step(ctx, key)
+    _write_part(path, result.rows, result.arrays or {})
+    return result.rows
+
+
+def finish_metric(metric: Metric, ctx: MeasureContext, parts_dir: str | Path) -> list[DamageRow]:
+    """Rows that come from all parts together. Measures nothing of the plan; may be called again.
+
+    Raises:
+        RuntimeError: a step has not been run.
+    """
+    plan = metric.plan(ctx)
+    missing = [key for key in plan if not part_path(parts_dir, key).exists()]
+    if missing:
+        raise RuntimeError(
+            f"{metric.NAME}: {len(missing)} of {len(plan)} steps are missing, such as {missing[0]!r}"
+        )
+    return metric.finish(ctx, PartsOnDisk(parts_dir, plan))
+
+
+def run_metric(
+    metric: Metric,
+    ctx: MeasureContext,
+    parts_dir: str | Path,
+    on_step: Callable[[StepDone], None] | None = None,
+    done: Collection[str] = (),
+) -> list[DamageRow]:
+    """All rows of a metric, in this process, steps in the order of the plan.
+
+    Args:
+        parts_dir: folder of the part files; those that exist are reused.
+        on_step: told after each step; an exception from it stops the run (that is how one cancels).
+        done: keys that ``on_step`` has been told before; not told again.
+    """
+    plan = metric.plan(ctx)
+    rows: list[DamageRow] = []
+    for i, key in enumerate(plan):
+        reused = part_path(parts_dir, key).exists()
+        start = time.perf_counter()
+        found = run_step(metric, ctx, parts_dir, key)
+        rows += found
+        if on_step is not None and key not in done:
+            on_step(StepDone(key, i + 1, len(plan), found, time.perf_counter() - start, reused))
+    return rows + finish_metric(metric, ctx, parts_dir)
+
+
+def _write_part(path: Path, rows: list[DamageRow], arrays: Mapping[str, np.ndarray]) -> None:
+    packed = json.dumps([[r.metric, r.unit, r.format, r.value, r.stderr, r.count, r.floor] for r in rows])
+    buffer = io.BytesIO()
+    np.savez(buffer, **{_ROWS: np.frombuffer(packed.encode(), np.uint8)}, **arrays)  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps two workers on the same step from writing into one file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(buffer.getbuffer())
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_part(path: Path) -> tuple[list[DamageRow], dict[str, np.ndarray]] | None:
+    """Rows and arrays of a part; None when it is missing or damaged (then the step is run again)."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+        rows = [DamageRow(*r) for r in json.loads(bytes(arrays.pop(_ROWS)))]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        return None
+    return rows, arrays

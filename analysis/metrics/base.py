@@ -1,0 +1,128 @@
+"""What a metric is: a plan of restartable steps, their results, and a reduction. Torch-free."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from bitatlas.analysis.schema import DamageRow, QuantUnit
+
+if TYPE_CHECKING:
+    from bitatlas.analysis.measure import MeasureContext
+
+__all__ = ["Cost", "Metric", "Parts", "StepResult", "chunks_by_layer", "unknown_rows"]
+
+Parts = Mapping[str, Mapping[str, np.ndarray]]
+"""Step key -> the arrays that step left behind; read from disk on access, one at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step found.
+
+    Attributes:
+        rows: finished values, if the step can already tell them.
+        arrays: what `Metric.finish` needs to reduce, None when it needs nothing.
+    """
+
+    rows: list[DamageRow] = field(default_factory=list)
+    arrays: dict[str, np.ndarray] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a run takes, in units that do not depend on the machine.
+
+    Attributes:
+        steps: restartable steps.
+        bytes_read: checkpoint bytes read.
+        forward_tokens, backward_tokens: tokens through the whole model, forwards and backwards.
+        flops: arithmetic beside those passes (quantising, decompositions), in floating point operations.
+        seconds: the estimate for this machine, NaN until `measure.estimate` has filled it in.
+    """
+
+    steps: int
+    bytes_read: int = 0
+    forward_tokens: int = 0
+    backward_tokens: int = 0
+    flops: float = 0.0
+    seconds: float = float("nan")
+
+
+class Metric(ABC):
+    """A damage measure. One file each, named after `NAME`, one line in the table of the package.
+
+    The runner calls `plan` once, `step` for every key (any order, any process, possibly twice after a
+    kill), saves what a step returns, and calls `finish` over everything that was saved. A step must
+    therefore depend on nothing but ``ctx`` and its key, and draw random numbers from `MeasureContext.rng`.
+    """
+
+    NAME: ClassVar[str]
+    TITLE: ClassVar[str]
+    UNIT: ClassVar[str]
+    SOURCE: ClassVar[str]
+    NEEDS: ClassVar[Literal["weights", "activations", "gradients", "forwards"]]
+    ADDITIVE: ClassVar[bool]
+    PER_FORMAT: ClassVar[bool]
+    EMITS: ClassVar[tuple[str, ...]]
+    VERSION: ClassVar[int] = 1
+    SETTINGS: ClassVar[Mapping[str, Any]] = {}
+    """Options of this metric with their defaults; JSON-able, part of the run key."""
+
+    @abstractmethod
+    def plan(self, ctx: MeasureContext) -> list[str]:
+        """Step keys: deterministic, unique, some seconds of work each.
+
+        Raises:
+            UserError: this metric cannot be measured here (a dense model has no routing).
+        """
+
+    @abstractmethod
+    def step(self, ctx: MeasureContext, key: str) -> StepResult:
+        """Measures one key of the plan."""
+
+    def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
+        """Rows that need all steps together; none by default. ``parts`` holds every key of the plan."""
+        return []
+
+    @abstractmethod
+    def cost(self, ctx: MeasureContext) -> Cost:
+        """What a run takes; headers and settings only, nothing is loaded."""
+
+    def option(self, ctx: MeasureContext, name: str) -> Any:
+        """The value of a setting: the context's, else this metric's default."""
+        return ctx.settings.get(name, self.SETTINGS[name])
+
+
+def chunks_by_layer(
+    units: Sequence[QuantUnit], max_params: int = 1 << 26
+) -> dict[str, tuple[QuantUnit, ...]]:
+    """Units in steps: one layer each, cut where a layer holds more than ``max_params`` weights.
+
+    Returns:
+        step key (``layer 3``, ``layer 3 part 1``, ``outside the layers``) -> units, in index order.
+    """
+    layers: dict[int, list[list[QuantUnit]]] = {}
+    sizes: dict[int, int] = {}
+    for unit in units:
+        chunks = layers.setdefault(unit.layer, [[]])
+        sizes[unit.layer] = sizes.get(unit.layer, 0) + unit.params
+        if sizes[unit.layer] > max_params and chunks[-1]:
+            chunks.append([])
+            sizes[unit.layer] = unit.params
+        chunks[-1].append(unit)
+    out: dict[str, tuple[QuantUnit, ...]] = {}
+    for layer, chunks in layers.items():
+        name = f"layer {layer}" if layer >= 0 else "outside the layers"
+        for i, chunk in enumerate(chunks):
+            out[name if len(chunks) == 1 else f"{name} part {i}"] = tuple(chunk)
+    return out
+
+
+def unknown_rows(metric: str, unit: str, formats: Iterable[str]) -> list[DamageRow]:
+    """Rows that say "not measured" (an expert that no token reached): NaN with count 0."""
+    return [DamageRow(metric, unit, fmt, float("nan")) for fmt in formats]
