@@ -15,7 +15,7 @@ import sys
 import torch
 from torch import Tensor
 
-__all__ = ["pack_codes", "pack_stream", "packed_words", "unpack_codes", "unpack_stream"]
+__all__ = ["gather_stream", "pack_codes", "pack_stream", "packed_words", "unpack_codes", "unpack_stream"]
 
 _WORD_BITS = 32
 _PERIOD = 32  # values after which every width is back at a word border: 32 values are `bits` words
@@ -112,3 +112,14 @@ def pack_stream(values: Tensor, bits: int) -> Tensor:
 def unpack_stream(packed: Tensor, bits: int, count: int) -> Tensor:
     """(words,) int32 -> (count,) uint8; the inverse of `pack_stream`."""
     return unpack_codes(packed.reshape(1, -1), bits, count)[0]
+
+
+def gather_stream(packed: Tensor, bits: int, index: Tensor) -> Tensor:
+    """Single values of a stream: (words,) int32 and any integer tensor of positions -> uint8 of its shape."""
+    _check(bits)
+    at = index.to(torch.int64) * bits
+    word, shift = at >> 5, at & 31
+    low = packed[word].to(torch.int64) & 0xFFFFFFFF
+    # The value may go on in the next word; the last word has none, and needs none.
+    high = packed[(word + 1).clamp_max(packed.numel() - 1)].to(torch.int64) & 0xFFFFFFFF
+    return (((low >> shift) | (high << (32 - shift))) & ((1 << bits) - 1)).to(torch.uint8)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitatlas.kernels.formats import FORMATS
-from bitatlas.kernels.packing import pack_codes, pack_stream, unpack_codes, unpack_stream
+from bitatlas.kernels.packing import gather_stream, pack_codes, pack_stream, unpack_codes, unpack_stream
 from bitatlas.kernels.reference import quantize
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -69,3 +69,10 @@ def test_wrong_input_is_refused() -> None:
         unpack_codes(torch.zeros(1, 2, dtype=torch.int32), 3, 5)
     with pytest.raises(ValueError, match="bits"):
         pack_codes(torch.zeros(1, 3, dtype=torch.uint8), 9)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_gather_reads_single_values(bits: int) -> None:
+    values = torch.randint(0, 1 << bits, (77,), dtype=torch.uint8)
+    index = torch.tensor([[0, 76, 5], [31, 32, 33]])
+    assert torch.equal(gather_stream(pack_stream(values, bits), bits, index), values[index])

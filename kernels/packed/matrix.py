@@ -1,0 +1,136 @@
+"""One packed matrix: the buffers of a (rows, cols) weight, and how to get rows of it back.
+
+Half-precision buffers are held as int16 bit patterns, so that `model.to(dtype)` moves but never rounds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bitatlas.kernels.formats import Format
+from bitatlas.kernels.packing import (
+    gather_stream,
+    pack_codes,
+    pack_stream,
+    packed_words,
+    unpack_codes,
+    unpack_stream,
+)
+from bitatlas.kernels.reference import Quantized
+
+__all__ = ["PackedMatrix", "pack_quantized", "packed_tensors"]
+
+_FLOAT = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_BLOCK_WEIGHTS = 1 << 22  # weights that are dequantised at a time: 16 MiB of float32, about a level-2 cache
+_BLOCK_ALIGN = 32  # rows; makes every block of the zero-point stream start at a whole word
+
+
+def packed_tensors(fmt: Format, rows: int, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of the tensors that a (rows, cols) matrix is stored as."""
+    if fmt.kind == "float":
+        return {"weight": (_FLOAT[fmt.name], (rows, cols))}
+    groups = fmt.groups(cols)
+    out: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "codes": (torch.int32, (rows, packed_words(cols, fmt.bits))),
+        "scales": (torch.float16, (rows, groups)),
+    }
+    if not fmt.symmetric:
+        out["zeros"] = (torch.int32, (packed_words(rows * groups, fmt.bits),))
+    return out
+
+
+def pack_quantized(q: Quantized) -> dict[str, Tensor]:
+    """The stored tensors of a quantised matrix; names, dtypes and shapes as `packed_tensors` says."""
+    out = {"codes": pack_codes(q.codes, q.format.bits), "scales": q.scales.contiguous()}
+    if q.zeros is not None:
+        out["zeros"] = pack_stream(q.zeros, q.format.bits)
+    return out
+
+
+class PackedMatrix(nn.Module):
+    """A (rows, cols) weight that stays packed in memory.
+
+    Args:
+        fmt: its format.
+        rows, cols: output and input dimension.
+        tensors: as `packed_tensors` describes; None leaves empty buffers on the current device.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    weight: Tensor
+
+    def __init__(
+        self, fmt: Format, rows: int, cols: int, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.format, self.rows, self.cols = fmt, rows, cols
+        if "zeros" not in packed_tensors(fmt, rows, cols):
+            self.zeros = None
+        for name, (dtype, shape) in packed_tensors(fmt, rows, cols).items():
+            t = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name]
+            if t.dtype != dtype or tuple(t.shape) != shape:
+                raise ValueError(f"{name} must be {dtype} {shape}, not {t.dtype} {tuple(t.shape)}")
+            self.register_buffer(name, t.view(torch.int16) if t.itemsize == 2 else t)
+
+    def extra_repr(self) -> str:
+        """Shape and format, for ``print(model)``."""
+        return f"{self.rows}, {self.cols}, {self.format.name}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(b.numel() * b.itemsize for b in self.buffers())
+
+    def dequantize(
+        self, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Rows ``start`` to ``stop`` as (rows, cols); ``start`` must be a multiple of 32."""
+        stop = self.rows if stop is None else min(stop, self.rows)
+        if start % _BLOCK_ALIGN:
+            raise ValueError(f"the first row must be a multiple of {_BLOCK_ALIGN}, not {start}")
+        if self.format.kind == "float":
+            return self.weight[start:stop].view(_FLOAT[self.format.name]).to(dtype)
+        bits, groups, n = self.format.bits, self.format.groups(self.cols), stop - start
+        zeros = None
+        if self.zeros is not None:
+            first = start * groups * bits // 32
+            words = self.zeros[first : first + packed_words(n * groups, bits)]
+            zeros = unpack_stream(words, bits, n * groups).view(n, groups)
+        return self._expand(self.codes[start:stop], self.scales[start:stop], zeros, dtype)
+
+    def take_rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows ``ids`` (n,) as (n, cols); only these are unpacked."""
+        if self.format.kind == "float":
+            return self.weight[ids].view(_FLOAT[self.format.name]).to(dtype)
+        zeros = None
+        if self.zeros is not None:
+            groups = self.format.groups(self.cols)
+            index = ids.unsqueeze(1) * groups + torch.arange(groups, device=ids.device)
+            zeros = gather_stream(self.zeros, self.format.bits, index)
+        return self._expand(self.codes[ids], self.scales[ids], zeros, dtype)
+
+    def blocks(self, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """The whole matrix as consecutive (n, cols) row blocks, each small enough to stay in cache."""
+        step = max(_BLOCK_WEIGHTS // max(self.cols, 1) // _BLOCK_ALIGN, 1) * _BLOCK_ALIGN
+        for start in range(0, self.rows, step):
+            yield self.dequantize(start, start + step, dtype)
+
+    def _expand(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
+        # The same arithmetic as reference.dequantize, in place and with one multiply per weight.
+        n, group = codes.shape[0], self.format.group_size or self.cols
+        w = unpack_codes(codes, self.format.bits, self.cols).to(torch.float32)  # (n, cols)
+        s = scales.view(torch.float16).to(torch.float32)  # (n, groups)
+        middle = float(1 << (self.format.bits - 1))
+        z = s.new_full((), middle) if zeros is None else zeros.to(torch.float32)
+        whole = self.cols // group  # groups of full width
+        body = w[:, : whole * group].unflatten(1, (whole, group)) if whole else None
+        if body is not None:
+            body.sub_(z if zeros is None else z[:, :whole, None]).mul_(s[:, :whole, None])
+        if self.cols % group:
+            w[:, whole * group :].sub_(z if zeros is None else z[:, whole:]).mul_(s[:, whole:])
+        return w.view(n, self.cols).to(dtype)
