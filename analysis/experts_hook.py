@@ -1,0 +1,85 @@
+"""Fused experts made visible: an experts function for transformers that reports what each expert is given.
+
+transformers 5 dispatches the forward of its fused experts through a registry. The function here is its eager
+loop, expert by expert, numerically the same and differentiable, plus a report to whoever watches the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["IMPLEMENTATION", "ExpertWatcher", "use_eager_experts", "watch_experts"]
+
+IMPLEMENTATION = "bitatlas_eager"
+
+ExpertWatcher = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+"""(expert, x (n, hidden), intermediate (n, ffn), token_index (n,), routing_weight (n,)); experts without tokens
+are not reported."""
+
+_WATCHERS: dict[int, ExpertWatcher] = {}
+
+
+def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if not transposed:
+        return F.linear(x, weight, bias)
+    y = x @ weight
+    return y if bias is None else y + bias
+
+
+def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Eager forward of a fused experts module: hidden_states (tokens, hidden), the others (tokens, k)."""
+    out = torch.zeros_like(hidden_states)
+    fused = self.gate_up_proj if self.has_gate else self.up_proj  # (E, 2 ffn, hidden), maybe transposed
+    fused_bias = (
+        getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias", None)
+        if self.has_bias
+        else None
+    )
+    down_bias = self.down_proj_bias if self.has_bias else None
+    watcher = _WATCHERS.get(id(self))
+    by_slot = top_k_index.T
+    for e in torch.unique(top_k_index).tolist():
+        if not 0 <= e < self.down_proj.shape[0]:
+            continue  # A router may mark "no expert" with an index beyond the last.
+        # (k, tokens), not (tokens, k): the order of transformers' own loop.
+        slot, token = torch.where(by_slot == e)
+        x = hidden_states[token]
+        h = _matmul(x, fused[e], None if fused_bias is None else fused_bias[e], self.is_transposed)
+        h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
+        if watcher is not None:
+            watcher(e, x.detach(), h.detach(), token, top_k_weights[token, slot].detach())
+        y = _matmul(h, self.down_proj[e], None if down_bias is None else down_bias[e], self.is_transposed)
+        if self.has_post_expert_norm:
+            y = self.post_expert_norm(y)
+        y = y * top_k_weights[token, slot, None]
+        out.index_add_(0, token, y.to(out.dtype))
+    return out
+
+
+def use_eager_experts(model: nn.Module) -> bool:
+    """Let every fused experts module of ``model`` run through this file. False when it has none."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
+    found = False
+    for module in model.modules():
+        if hasattr(module, "is_transposed") and hasattr(module, "_apply_gate"):
+            config: Any = module.config
+            config._experts_implementation = IMPLEMENTATION
+            found = True
+    return found
+
+
+def watch_experts(module: nn.Module, watcher: ExpertWatcher) -> Callable[[], None]:
+    """Report the experts of one module to ``watcher`` from now on; returns the function that ends it."""
+    _WATCHERS[id(module)] = watcher
+
+    def end() -> None:
+        _WATCHERS.pop(id(module), None)
+
+    return end

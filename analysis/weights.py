@@ -1,0 +1,192 @@
+"""Weights straight from the checkpoint's files, one unit at a time: bounded memory, no model built.
+
+Bytes are read with ``pread``, not mapped: a file that shrinks while it is read is an error, not a dead process.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from bitatlas.analysis.checkpoint import CheckpointFiles
+from bitatlas.analysis.model_index import scale_of
+from bitatlas.analysis.safetensors_header import TensorInfo, open_regular
+from bitatlas.analysis.schema import ModelIndex, QuantUnit
+from bitatlas.kernels.errors import UserError
+
+__all__ = ["TORCH_DTYPES", "WeightReader", "oriented"]
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+_FP8 = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+
+
+class WeightReader:
+    """Reads units and kept tensors of an indexed checkpoint. A context manager; not for several threads.
+
+    Raises:
+        UserError: the index is of a GGUF file, or the folder no longer holds what was indexed.
+    """
+
+    def __init__(self, index: ModelIndex) -> None:
+        if index.source == "gguf":
+            raise UserError("a GGUF file has to be imported before its weights can be read", found=index.path,
+                            fix="bitatlas import FILE, then use the folder it makes")  # fmt: skip
+        self.index = index
+        self.files = CheckpointFiles.open(index.path)
+        self._units = {u.key: u for u in index.units}
+        self._open: dict[str, int] = {}
+        missing = [u.tensor for u in index.units if u.tensor not in self.files.tensors]
+        if missing:
+            raise UserError("the checkpoint changed since it was indexed", found=f"{missing[0]} is gone",
+                            fix="scan it again")  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the shards; the reader opens them again when asked."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def get(self, unit: str | QuantUnit) -> Tensor:
+        """The unit's weight, (rows, cols) float32 in its own orientation, contiguous, a fresh copy.
+
+        Raises:
+            UserError: an unknown unit; NaN or Inf in it; the file changed or is truncated.
+        """
+        if isinstance(unit, str):
+            if unit not in self._units:
+                raise UserError(
+                    f"there is no unit {unit!r}", found=f"{len(self._units)} units in {self.index.name}"
+                )
+            unit = self._units[unit]
+        info = self.files.tensors[unit.tensor][1]
+        stacked = len(info.shape) == 3
+        weight = self._read(info, unit.expert if stacked else None)
+        weight = self._dequantized(unit.tensor, weight, info, unit.expert if stacked else None)
+        weight = oriented(weight, unit).contiguous()
+        _check_finite(unit.tensor, weight)
+        return weight
+
+    def kept(self, name: str) -> Tensor:
+        """Any tensor of the checkpoint as it is stored: its own shape and dtype, a fresh copy.
+
+        Raises:
+            UserError: no such tensor, a dtype that torch lacks, the file changed or is truncated.
+        """
+        if name not in self.files.tensors:
+            raise UserError(
+                f"there is no tensor {name!r}", found=f"{len(self.files.tensors)} in {self.index.name}"
+            )
+        return self._read(self.files.tensors[name][1], None, as_stored=True)
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor for a model: fp8 weights come dequantised as float32, all others as they are stored.
+
+        Raises:
+            UserError: as `kept`; NaN or Inf in a floating tensor.
+        """
+        info = self.files.tensors[name][1]
+        if info.dtype in _FP8:
+            tensor = self._dequantized(name, self._read(info, None), info, None)
+        else:
+            tensor = self.kept(name)
+        if tensor.is_floating_point():
+            _check_finite(name, tensor)
+        return tensor
+
+    def _read(self, info: TensorInfo, expert: int | None, as_stored: bool = False) -> Tensor:
+        """The tensor, or one slice along its first dimension; float32 unless ``as_stored``."""
+        if info.dtype not in TORCH_DTYPES:
+            raise UserError(f"the tensor {info.name} has a dtype that cannot be read", found=info.dtype)
+        shape, start, end = info.shape, info.start, info.end
+        if expert is not None:
+            step = info.nbytes // shape[0]
+            start, end, shape = start + expert * step, start + (expert + 1) * step, shape[1:]
+        dtype = TORCH_DTYPES[info.dtype]
+        if end == start:
+            return torch.empty(shape, dtype=dtype)
+        raw = self._bytes(self.files.tensors[info.name][0], start, end)
+        tensor = torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)
+        return tensor if as_stored else tensor.to(torch.float32)
+
+    def _bytes(self, shard: str, start: int, end: int) -> bytearray:
+        header = self.files.shards[shard]
+        if shard not in self._open:
+            self._open[shard] = open_regular(self.files.folder / shard)
+        now = os.fstat(self._open[shard])
+        buffer = bytearray(end - start)
+        view, done = memoryview(buffer), 0
+        if (now.st_size, now.st_mtime_ns) == (header.file_size, header.mtime_ns):
+            while done < len(buffer):
+                count = os.preadv(self._open[shard], [view[done : done + (1 << 30)]], start + done)
+                if count <= 0:
+                    break
+                done += count
+        if done < len(buffer):
+            raise UserError(f"{shard} changed while it was read", found=f"{now.st_size} bytes, {header.file_size} before",
+                            fix="let the download or copy finish, then run again")  # fmt: skip
+        return buffer
+
+    def _dequantized(self, name: str, weight: Tensor, info: TensorInfo, expert: int | None) -> Tensor:
+        """fp8 weight times its scale: one number, one per row, or one per block (128 x 128 unless shapes say else)."""
+        scale_name = scale_of(name, self.files.tensors) if info.dtype in _FP8 else ""
+        if not scale_name:
+            return weight
+        scale = self._read(self.files.tensors[scale_name][1], None)
+        if expert is not None and scale.dim() == 3:
+            scale = scale[expert]
+        if scale.numel() == 1:
+            return weight * scale.reshape(())
+        if scale.dim() == 1:
+            scale = scale.unsqueeze(-1)
+        for axis in (-2, -1):
+            have, want = scale.shape[axis], weight.shape[axis]
+            if have not in (1, want):
+                block = self._block(axis)
+                if -(-want // block) != have:
+                    raise UserError(f"the fp8 scales of {name} do not fit it",
+                                    found=f"{have} scales for {want} in blocks of {block}")  # fmt: skip
+                scale = scale.repeat_interleave(block, axis).narrow(axis, 0, want)
+        return weight * scale
+
+    def _block(self, axis: int) -> int:
+        quant = self.files.config.get("quantization_config")
+        size = quant.get("weight_block_size") if isinstance(quant, dict) else None
+        ok = isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)
+        return size[axis] if ok and size else 128
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        bad = int(tensor.numel() - finite.sum())
+        raise UserError(f"the weight {name} holds NaN or Inf", found=f"{bad} of {tensor.numel()} values",
+                        fix="the checkpoint is damaged; download it again or take another one")  # fmt: skip
+
+
+def oriented(weight: Tensor, unit: QuantUnit) -> Tensor:
+    """View of a stored 2-D matrix (or one expert's slice) as the unit's (rows, cols): its half, its orientation."""
+    if unit.transposed:
+        weight = weight.T
+    if unit.part and unit.interleaved:
+        weight = weight[0 if unit.part == "gate" else 1 :: 2]
+    elif unit.part:
+        weight = weight[: unit.rows] if unit.part == "gate" else weight[unit.rows :]
+    return weight
