@@ -1,0 +1,1 @@
+"""The store: DuckDB results, content keys, artifacts. Imports `analysis.schema` only, and no torch."""
