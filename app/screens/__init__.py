@@ -1,0 +1,24 @@
+"""The pages, in menu order. A new page is a file here with a ``page()`` function and one line in `SCREENS`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["SCREENS", "Screen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """One page: ``name`` is the module, the page's address and its place in the menu's ``section``."""
+
+    name: str
+    section: str
+    title: str
+    icon: str
+    address: str
+
+
+SCREENS: tuple[Screen, ...] = (
+    Screen("library", "Measure", "Library", ":material/folder_open:", "library"),
+    Screen("sensitivity_map", "Understand", "Map", ":material/grid_on:", "map"),
+)

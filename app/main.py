@@ -1,0 +1,45 @@
+"""The dashboard: `streamlit run app/main.py`. Page set-up, navigation and the frame around every page."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import streamlit as st
+
+from bitatlas.analysis.schema import UserError
+from bitatlas.app.screens import SCREENS, Screen
+from bitatlas.app.widgets.boxes import error_box
+from bitatlas.app.widgets.frame import STYLE, draw_frame
+
+
+def _drawn(screen: Screen) -> Callable[[], None]:
+    def draw() -> None:
+        # Imported when shown: the first page is up before the others are loaded.
+        importlib.import_module(f"bitatlas.app.screens.{screen.name}").page()
+
+    draw.__name__ = screen.name
+    return draw
+
+
+def main() -> None:
+    """Draw the frame and the page in it."""
+    st.set_page_config(page_title="bitatlas", page_icon=":material/grid_on:", layout="wide")
+    st.html(STYLE)
+    menu: dict[str, list[st.Page]] = {}
+    for screen in SCREENS:
+        page = st.Page(
+            _drawn(screen), title=screen.title, icon=screen.icon, url_path=screen.address,
+            default=screen is SCREENS[0],
+        )  # fmt: skip
+        menu.setdefault(screen.section, []).append(page)
+        st.session_state.setdefault("_pages", {})[screen.name] = page
+    chosen = st.navigation(menu, expanded=True)
+    try:
+        draw_frame()
+        chosen.run()
+    except UserError as e:
+        error_box(e)
+
+
+main()

@@ -1,0 +1,176 @@
+"""Studies as the pages see them: a model's index with every table, allocation and verification made for it.
+
+The only door between the pages and the store. Everything here is read-only and free of Streamlit; the widget layer
+caches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from bitatlas.analysis.schema import NO_FORMAT, ModelIndex, SensitivityTable
+from bitatlas.cache.paths import Home
+from bitatlas.cache.plans import PlanInfo
+from bitatlas.cache.store import Store
+
+__all__ = [
+    "MetricInfo",
+    "Study",
+    "StudyInfo",
+    "UnitColumns",
+    "home",
+    "list_studies",
+    "load_study",
+    "open_store",
+    "stamp",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricInfo:
+    """What has been measured of one metric: ``coverage`` is the share of unit x format cells with a known value."""
+
+    name: str
+    formats: tuple[str, ...]
+    coverage: float
+    run: str = ""
+    finished: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StudyInfo:
+    """One line of the library.
+
+    Attributes:
+        digest, name, path, architecture: of the model.
+        units, params, experts: its size (experts per MoE layer, 0 for dense).
+        metrics: what has been measured.
+        allocations, verifications: how many there are.
+    """
+
+    digest: str
+    name: str
+    path: str
+    architecture: str
+    units: int
+    params: int
+    experts: int
+    metrics: tuple[MetricInfo, ...] = ()
+    allocations: int = 0
+    verifications: int = 0
+
+    @property
+    def label(self) -> str:
+        """``name@digest8``: how a study is called in menus and in the URL."""
+        return f"{self.name}@{self.digest[:8]}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnitColumns:
+    """The units as arrays, one entry a unit: layer, expert (-1 = none), role (index into ``roles``), weights."""
+
+    layer: np.ndarray
+    expert: np.ndarray
+    role: np.ndarray
+    params: np.ndarray
+    roles: tuple[str, ...]
+
+    @classmethod
+    def of(cls, index: ModelIndex) -> UnitColumns:
+        """From the index; roles in order of first appearance inside a block, embeddings and head last."""
+        inside = dict.fromkeys(u.role for u in index.units if u.layer >= 0)
+        roles = tuple(dict.fromkeys([*inside, *(u.role for u in index.units)]))
+        code = {r: i for i, r in enumerate(roles)}
+        return cls(
+            np.array([u.layer for u in index.units], np.int32),
+            np.array([u.expert for u in index.units], np.int32),
+            np.array([code[u.role] for u in index.units], np.int16),
+            np.array([u.params for u in index.units], np.int64),
+            roles,
+        )
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything known about one model.
+
+    ``allocations`` are the store's short records (`PlanInfo`), ``verifications`` its dicts; both newest first.
+    """
+
+    index: ModelIndex
+    tables: Mapping[str, SensitivityTable] = field(default_factory=dict)
+    allocations: tuple[PlanInfo, ...] = ()
+    verifications: tuple[dict[str, Any], ...] = ()
+
+    @cached_property
+    def columns(self) -> UnitColumns:
+        """The units as arrays."""
+        return UnitColumns.of(self.index)
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Unit keys, position = unit id."""
+        return self.index.unit_keys()
+
+    @property
+    def damage_metrics(self) -> tuple[str, ...]:
+        """Metrics that depend on the format, so that bits can be bought with them."""
+        return tuple(m for m, t in self.tables.items() if t.formats != (NO_FORMAT,))
+
+
+def home() -> Home:
+    """The data folder."""
+    return Home.default()
+
+
+def open_store() -> Store:
+    """The store of the data folder."""
+    return Store(home())
+
+
+def list_studies(store: Store) -> list[StudyInfo]:
+    """Every known model with what has been measured, newest first. Reads no tables."""
+    out = []
+    for m in store.models():
+        metrics = _newest(store, m["digest"])
+        out.append(
+            StudyInfo(
+                m["digest"], m["name"], m["path"], m["architecture"], m["n_units"], m["params"], m["n_experts"],
+                tuple(metrics.values()), len(store.allocations(m["digest"])), len(store.verifications(m["digest"])),
+            )
+        )  # fmt: skip
+    return out
+
+
+def _newest(store: Store, digest: str) -> dict[str, MetricInfo]:
+    units = max(next((m["n_units"] for m in store.models() if m["digest"] == digest), 1), 1)
+    out: dict[str, MetricInfo] = {}
+    for e in store.metrics_of(digest):
+        if e.metric not in out:
+            formats = max(len(e.formats), 1)
+            out[e.metric] = MetricInfo(e.metric, e.formats, e.rows / (units * formats), e.run, e.finished)
+    return out
+
+
+def stamp(store: Store, digest: str) -> tuple[str, ...]:
+    """Changes whenever anything is added to the study: the key under which a loaded study may be kept."""
+    runs = [f"{e.metric}:{e.run}" for e in store.metrics_of(digest)]
+    plans = [str(a.id) for a in store.allocations(digest)]
+    return (*runs, *plans, *(str(v["id"]) for v in store.verifications(digest)))
+
+
+def load_study(store: Store, digest: str) -> Study:
+    """The whole study; of every metric the newest finished run.
+
+    Raises:
+        UserError: no such model.
+    """
+    index = store.model(digest)
+    keys = index.unit_keys()
+    tables = {name: store.table(info.run, name, keys) for name, info in _newest(store, digest).items()}
+    return Study(index, tables, tuple(store.allocations(digest)), tuple(store.verifications(digest)))

@@ -1,0 +1,51 @@
+"""Small words shared by the views: counts, sizes, durations, units of metrics."""
+
+from __future__ import annotations
+
+__all__ = ["count", "duration", "metric_unit", "params", "short_bytes"]
+
+_UNITS = {
+    "weight_error": "relative squared error",
+    "hawq_trace": "trace-weighted squared error",
+    "alphaq_alpha": "power-law exponent",
+    "routing": "share of tokens",
+}
+
+
+def metric_unit(name: str) -> str:
+    """The unit of a metric's values; KL in nats per token unless the metric says otherwise."""
+    return _UNITS.get(name, "nats/token")
+
+
+def count(n: int, noun: str) -> str:
+    """``1 unit``, ``1,024 units``."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def params(n: float) -> str:
+    """``135 M``, ``30.5 B``, ``820 k``."""
+    for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= limit:
+            shown = n / limit
+            return f"{shown:.0f} {letter}" if shown >= 100 else f"{shown:.3g} {letter}"
+    return f"{n:.0f}"
+
+
+def short_bytes(n: float) -> str:
+    """``22.4 GiB``, ``8.0 MiB``, ``512 B``."""
+    for limit, letters in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n >= limit:
+            return f"{n / limit:.1f} {letters}"
+    return f"{n:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """``8 s``, ``3 min``, ``2 h 10 min``; an em-free dash for the unknown."""
+    if not seconds >= 0:
+        return "unknown"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    hours, minutes = divmod(int(round(seconds / 60)), 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"

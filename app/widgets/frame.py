@@ -1,0 +1,69 @@
+"""What stands above every page: study, budget, selection, jobs, link."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from bitatlas.app import state
+from bitatlas.app.views.frame import budget_chip, selection_chip
+from bitatlas.app.widgets.boxes import error_box
+from bitatlas.app.widgets.data import get_studies, the_study
+
+__all__ = ["STYLE", "draw_frame", "title"]
+
+# Streamlit leaves 6 rem above a page; the main chart needs them on a 900-pixel screen.
+STYLE = """<style>
+.stMainBlockContainer {padding-top: 2.6rem; padding-bottom: 2rem;}
+.st-key-frame {border-bottom: 1px solid color-mix(in srgb, currentColor 14%, transparent); padding-bottom: .55rem;}
+.st-key-frame p {white-space: nowrap;}
+[data-testid="stHeader"] {background: transparent; pointer-events: none;}
+[data-testid="stHeader"] > * {pointer-events: auto;}
+</style>"""
+
+
+def title(answer: str, detail: str = "") -> None:
+    """The page's answer as its title, and one line on what it rests on."""
+    st.markdown(f"### {_plain(answer)}")
+    if detail:
+        st.caption(_plain(detail))
+
+
+def _plain(text: str) -> str:
+    """Names have underscores and brackets; they are not markup."""
+    return text.translate({ord(c): "\\" + c for c in "\\`*_[]<>#~$:"})
+
+
+def draw_frame() -> None:
+    """Draw it, choose the study, bring URL and session together."""
+    with st.container(key="frame", horizontal=True, vertical_alignment="center", gap="medium"):
+        digest = _study_picker()
+        state.restore(digest)
+        study = the_study()
+        problem = state.sync(study)
+        st.markdown(budget_chip(state.budget()), help="Bytes the current plan uses, of those it may use. Set on the Fit page.")  # fmt: skip
+        with st.container(horizontal=True, vertical_alignment="center", width="content", gap="small"):
+            chosen = state.selection()
+            st.markdown(selection_chip(len(chosen)), help="Units selected on the map; they stay selected on every page.")  # fmt: skip
+            if len(chosen):
+                st.button("clear", key="clear_selection", type="tertiary", on_click=_clear)
+        st.space("stretch")
+        with st.popover("Link", icon=":material/link:", type="tertiary"):
+            st.caption("This view, for another browser on this machine")
+            st.code(state.link(), language=None, wrap_lines=True)
+    if problem:
+        error_box(problem)
+
+
+def _clear() -> None:
+    state.select(state.Selection())
+
+
+def _study_picker() -> str:
+    infos = {s.label: s for s in get_studies()}
+    if not infos:
+        st.markdown(":gray[:material/database: No study yet]")
+        return ""
+    label = st.selectbox(
+        "Study", list(infos), key="study", bind="query-params", label_visibility="collapsed", width=300
+    )
+    return infos[label].digest
