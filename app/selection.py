@@ -6,6 +6,7 @@ Units are integers: the position in the model index. A selection written as text
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from bitatlas.analysis.schema import UserError, parse_format
 __all__ = ["Edit", "EditList", "Selection", "decode_pins", "encode_pins"]
 
 _MAX_TEXT = 2_000_000
+_RUN = re.compile(r"(\d{1,9})(?:-(\d{1,9})(?::([1-9]\d{0,8}))?)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +60,13 @@ class Selection:
             if len(text) > _MAX_TEXT:
                 raise ValueError("too long")
             for run in filter(None, text.split(",")):
-                span, _, step = run.partition(":")
-                first, _, last = span.partition("-")
-                stop = int(last or first)
-                if stop >= units or int(first) < 0:
-                    raise ValueError(f"unit {stop}, but the model has {units}")
-                ids.update(range(int(first), stop + 1, int(step or 1)))
+                match = _RUN.fullmatch(run)
+                if match is None:
+                    raise ValueError(repr(run[:40]))
+                first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+                if last >= units:
+                    raise ValueError(f"unit {last}, but the model has {units}")
+                ids.update(range(first, last + 1, step))
         except ValueError as e:
             raise UserError(
                 "the selection in this link cannot be read",

@@ -73,7 +73,9 @@ def _adopt(key: str, text: str, study: Study | None) -> None:
     else:
         used, _, limit = text.partition("-")
         if not (used.isdigit() and limit.isdigit()):
-            raise UserError("the budget in this link cannot be read", found=text, fix="set it on the Fit page")
+            raise UserError(
+                "the budget in this link cannot be read", found=text, fix="set it on the Fit page"
+            )
         st.session_state["_budget"] = (int(used), int(limit))
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import plotly.graph_objects as go
 
-__all__ = ["BIT_COLOURS", "DARK", "LIGHT", "Palette", "bit_colour", "palette", "template"]
+__all__ = ["BIT_COLOURS", "DARK", "LIGHT", "Palette", "bit_colour", "favicon", "palette", "template"]
 
 # Monotone in luminance (few bits = bright), readable on white and on near-black.
 BIT_COLOURS: dict[int, str] = {
@@ -66,6 +67,13 @@ def palette(dark: bool) -> Palette:
 def bit_colour(bits: int) -> str:
     """The colour of a code width; a width without its own colour takes that of the next wider one."""
     return BIT_COLOURS[min((b for b in BIT_COLOURS if b >= bits), default=16)]
+
+
+def favicon() -> np.ndarray:
+    """A little map: (32, 32, 3) uint8. Drawn here because an icon font would be fetched from outside."""
+    rows = ((2, 3, 5, 8), (3, 2, 4, 6), (4, 5, 3, 16), (8, 6, 16, 4))
+    tiles = np.array([[[int(BIT_COLOURS[b][i : i + 2], 16) for i in (1, 3, 5)] for b in row] for row in rows])
+    return np.kron(tiles, np.ones((8, 8, 1))).astype(np.uint8)
 
 
 def template(p: Palette) -> go.layout.Template:

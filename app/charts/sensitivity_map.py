@@ -30,7 +30,9 @@ def figure(view: MapView, palette: Palette, keys: tuple[str, ...], selected: np.
         axis = "" if i == 0 else str(i + 1)
         domain = [0.0, 1.0] if not wide else ([0.0, share] if i == 0 else [share + gap, 1.0])
         _add_panel(fig, view, panel, axis, palette, keys, selected)
-        fig.update_layout({f"xaxis{axis}": _axis(panel.x, panel.x_title, domain, 1100 * (domain[1] - domain[0]))})
+        fig.update_layout(
+            {f"xaxis{axis}": _axis(panel.x, panel.x_title, domain, 1100 * (domain[1] - domain[0]))}
+        )
         y = _axis(panel.y, panel.y_title if i == 0 else "", None, 0)
         y |= {"autorange": "reversed", "anchor": f"x{axis}"}
         fig.update_layout({f"yaxis{axis}": y})
@@ -53,7 +55,9 @@ def _role_share(view: MapView) -> float:
     return min(0.3, max(0.12, 0.03 * len(view.panels[0].x)))
 
 
-def _axis(labels: tuple[str, ...], title: str, domain: list[float] | None, pixels: float) -> dict[str, object]:
+def _axis(
+    labels: tuple[str, ...], title: str, domain: list[float] | None, pixels: float
+) -> dict[str, object]:
     n = len(labels)
     step = 1 if n <= 40 else 2 if n <= 64 else 8 if n <= 160 else 16
     if pixels and n > pixels / 18:
@@ -80,12 +84,18 @@ def _colorbar(view: MapView) -> dict[str, object]:
             low, high = float(z.min()), float(z.max())
             exponents = range(int(np.floor(low)), int(np.ceil(high)) + 1)
             marks = [
-                (e + d, 10.0**e * m) for e in exponents for d, m in ((0.0, 1), (np.log10(2), 2), (np.log10(5), 5))
+                (e + d, 10.0**e * m)
+                for e in exponents
+                for d, m in ((0.0, 1), (np.log10(2), 2), (np.log10(5), 5))
             ]
             if high - low > 2:
                 marks = [(float(e), 10.0**e) for e in exponents]
             marks = [(t, v) for t, v in marks if low <= t <= high]
-            bar |= {"tickmode": "array", "tickvals": [t for t, _ in marks], "ticktext": [f"{v:g}" for _, v in marks]}
+            bar |= {
+                "tickmode": "array",
+                "tickvals": [t for t, _ in marks],
+                "ticktext": [f"{v:g}" for _, v in marks],
+            }
     return bar
 
 
@@ -94,7 +104,9 @@ def _add_panel(
 ) -> None:  # fmt: skip
     on = {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
     gap = 1 if max(len(p.x), len(p.y)) <= 64 else 0
-    ground = np.where(p.state == UNKNOWN, 1.0, np.where(p.state == BELOW_FLOOR, 0.0, np.nan)).astype(np.float32)
+    ground = np.where(p.state == UNKNOWN, 1.0, np.where(p.state == BELOW_FLOOR, 0.0, np.nan)).astype(
+        np.float32
+    )
     flat = [[0, palette.below_floor], [1, palette.unknown]]
     fig.add_heatmap(z=ground, colorscale=flat, zmin=0, zmax=1, showscale=False, hoverinfo="skip", xgap=gap, ygap=gap, **on)  # fmt: skip
     fig.add_heatmap(z=p.z, coloraxis="coloraxis", hoverinfo="skip", xgap=gap, ygap=gap, **on)
@@ -111,8 +123,15 @@ def _add_panel(
     if any((q.state == BELOW_FLOOR).any() for q in view.panels):
         legend.append(("at or below the noise floor", palette.below_floor))
     for name, colour in legend:
-        marker = {"symbol": "square", "size": 12, "color": colour, "line": {"width": 1, "color": palette.grid}}
-        fig.add_scatter(x=[None], y=[None], mode="markers", marker=marker, name=name, hoverinfo="skip", showlegend=True)
+        marker = {
+            "symbol": "square",
+            "size": 12,
+            "color": colour,
+            "line": {"width": 1, "color": palette.grid},
+        }
+        fig.add_scatter(
+            x=[None], y=[None], mode="markers", marker=marker, name=name, hoverinfo="skip", showlegend=True
+        )
 
 
 def _ghost(
@@ -122,7 +141,11 @@ def _ghost(
     data = np.stack([cells, p.value[mask], p.stderr[mask], p.rank[mask], p.expert[mask]], axis=1)
     unit = "" if not view.unit else f" {view.unit}"
     named = len(p.cell) <= _NAMES_UP_TO and p.size.max() == 1
-    where = "%{text}" if named else "layer %{y}" + (" · expert %{customdata[4]}" if p.kind == "experts" else " · %{x}")
+    where = (
+        "%{text}"
+        if named
+        else "layer %{y}" + (" · expert %{customdata[4]}" if p.kind == "experts" else " · %{x}")
+    )
     numbers = (
         "unknown: no token reached it"
         if hatch

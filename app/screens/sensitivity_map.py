@@ -49,8 +49,12 @@ def _controls(study: Study) -> views.MapControls:
             start = next((f for f in formats if f.startswith("int3")), formats[0])
             chosen = start
             if len(formats) > 1:
-                chosen = st.select_slider("Format", formats, start, key="format", bind="query-params", width=330)
-            normalise = st.selectbox("Show", list(views.NORMALISE), key="show", bind="query-params", width=170)
+                chosen = st.select_slider(
+                    "Format", formats, start, key="format", bind="query-params", width=330
+                )
+            normalise = st.selectbox(
+                "Show", list(views.NORMALISE), key="show", bind="query-params", width=170
+            )
         names = views.projections(study)
         if names:
             projection = st.segmented_control(

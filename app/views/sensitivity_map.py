@@ -85,7 +85,9 @@ def search(study: Study, pattern: str) -> Selection:
         regex = re.compile(pattern)
     except re.error as e:
         raise UserError(
-            "the regular expression is not valid", found=f"{pattern!r}: {e}", fix=r"for example layers\.0\.|down"
+            "the regular expression is not valid",
+            found=f"{pattern!r}: {e}",
+            fix=r"for example layers\.0\.|down",
         ) from None
     return Selection(tuple(i for i, key in enumerate(study.keys) if regex.search(key)))
 
@@ -125,7 +127,16 @@ def build(study: Study, controls: MapControls) -> MapView:
     unit = metric_unit(controls.metric) + (NORMALISE[controls.normalise] if log else "")
     cells = sum(len(p.cell) for p in panels)
     return MapView(
-        title, subtitle, unit, log, tuple(panels), unit_cell, cells, measured.value, measured.stderr, table.floor
+        title,
+        subtitle,
+        unit,
+        log,
+        tuple(panels),
+        unit_cell,
+        cells,
+        measured.value,
+        measured.stderr,
+        table.floor,
     )
 
 

@@ -69,4 +69,6 @@ def _title(study: Study, view: MapView, selection: Selection, ids: np.ndarray) -
     tail = f"; {unknown:,} unknown" if unknown else ""
     if not view.log:
         return f"{count(len(ids), 'unit')} selected: {weights:.1%} of the weights{tail}"
-    return f"{count(len(ids), 'unit')} selected: {share:.1%} of the damage in {weights:.1%} of the weights{tail}"
+    return (
+        f"{count(len(ids), 'unit')} selected: {share:.1%} of the damage in {weights:.1%} of the weights{tail}"
+    )

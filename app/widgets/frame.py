@@ -13,7 +13,7 @@ __all__ = ["STYLE", "draw_frame", "title"]
 
 # Streamlit leaves 6 rem above a page; the main chart needs them on a 900-pixel screen.
 STYLE = """<style>
-.stMainBlockContainer {padding-top: 2.6rem; padding-bottom: 2rem;}
+.stMainBlockContainer {padding: 2.2rem 2.2rem 2rem 2.2rem;}
 .st-key-frame {border-bottom: 1px solid color-mix(in srgb, currentColor 14%, transparent); padding-bottom: .55rem;}
 .st-key-frame p {white-space: nowrap;}
 [data-testid="stHeader"] {background: transparent; pointer-events: none;}

@@ -33,7 +33,9 @@ def cli_twin(line: str) -> None:
     st.code(line, language="bash", wrap_lines=True)
 
 
-def downloads(name: str, table: Callable[[], pd.DataFrame], view: Callable[[], Mapping[str, Any]], key: str) -> None:
+def downloads(
+    name: str, table: Callable[[], pd.DataFrame], view: Callable[[], Mapping[str, Any]], key: str
+) -> None:
     """CSV of the table in its current filter and JSON of the view; both made only when asked for."""
     with st.container(horizontal=True):
         st.download_button(

@@ -108,6 +108,6 @@ def fill(store: Store, index: ModelIndex, floor: float = 2e-7) -> str:
     store.put_model(index)
     for table in (alpha_table(index), damage_table(index, floor=floor)):
         store.begin_run(table.run + index.name, index.digest, table.metric, formats=table.formats)
-        store.write_rows(table.run + index.name, "all", rows(table))
+        store.write_step(table.run + index.name, "all", rows(table))
         store.finish_run(table.run + index.name)
     return index.digest
