@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
+from PIL import Image
 
 __all__ = ["BIT_COLOURS", "DARK", "LIGHT", "Palette", "bit_colour", "favicon", "palette", "template"]
 
@@ -69,11 +70,11 @@ def bit_colour(bits: int) -> str:
     return BIT_COLOURS[min((b for b in BIT_COLOURS if b >= bits), default=16)]
 
 
-def favicon() -> np.ndarray:
-    """A little map: (32, 32, 3) uint8. Drawn here because an icon font would be fetched from outside."""
+def favicon() -> Image.Image:
+    """A little map, 32 x 32. Drawn here because an icon font would be fetched from outside."""
     rows = ((2, 3, 5, 8), (3, 2, 4, 6), (4, 5, 3, 16), (8, 6, 16, 4))
     tiles = np.array([[[int(BIT_COLOURS[b][i : i + 2], 16) for i in (1, 3, 5)] for b in row] for row in rows])
-    return np.kron(tiles, np.ones((8, 8, 1))).astype(np.uint8)
+    return Image.fromarray(np.kron(tiles, np.ones((8, 8, 1))).astype(np.uint8))
 
 
 def template(p: Palette) -> go.layout.Template:
