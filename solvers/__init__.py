@@ -1,0 +1,64 @@
+"""Allocators: one problem type, one solution type, one status vocabulary, a certificate each. Torch-free.
+
+>>> from bitatlas.solvers import Problem, get_solver
+>>> solution = get_solver("hull").solve(problem)  # doctest: +SKIP
+
+A new allocator is one file with a `Solver` subclass, one line in `SOLVERS`, and one conformance-test subclass.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from bitatlas.analysis.schema import UserError
+from bitatlas.solvers.allocate import choice_of, to_allocation
+from bitatlas.solvers.base import PROVED, SOLUTION_PRESENT, STATUSES, Solution, Solver
+from bitatlas.solvers.certificate import Certificate, certify
+from bitatlas.solvers.front_cache import FrontCache, FrontPoint
+from bitatlas.solvers.frontier import frontier
+from bitatlas.solvers.hull import Hull
+from bitatlas.solvers.ilp import Ilp
+from bitatlas.solvers.mckp import Mckp
+from bitatlas.solvers.problem import Problem, SideBudget
+from bitatlas.solvers.uniform import Uniform
+
+__all__ = [
+    "PROVED",
+    "SOLUTION_PRESENT",
+    "SOLVERS",
+    "STATUSES",
+    "Certificate",
+    "FrontCache",
+    "FrontPoint",
+    "Problem",
+    "SideBudget",
+    "Solution",
+    "Solver",
+    "certify",
+    "choice_of",
+    "frontier",
+    "get_solver",
+    "to_allocation",
+]
+
+# Menus follow this order; the first is the default.
+SOLVERS: dict[str, type[Solver]] = {
+    "mckp": Mckp,
+    "hull": Hull,
+    "ilp": Ilp,
+    "uniform": Uniform,
+}
+
+
+def get_solver(name: str) -> Solver:
+    """The solver called ``name``.
+
+    Raises:
+        UserError: no such solver; the message names the nearest ones.
+    """
+    found = SOLVERS.get(name.strip().lower())
+    if found is None:
+        near = difflib.get_close_matches(name.lower(), SOLVERS, n=3, cutoff=0.4)
+        raise UserError(f"there is no solver called {name!r}", found=f"nearest: {', '.join(near) or 'none'}",
+                        fix=f"one of {', '.join(SOLVERS)}")  # fmt: skip
+    return found()

@@ -168,6 +168,7 @@ class Frontier:
     choice: np.ndarray
     metric: str = ""
     solver: str = ""
+    supported: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     def at(self, limit_bytes: int) -> int:
         """Index of the best point within ``limit_bytes``, -1 when even the cheapest is too large."""

@@ -1,0 +1,150 @@
+"""The whole convex front of a problem from one sort, and any budget on it in under a millisecond.
+
+Multiple-choice knapsack, linear relaxation (Sinha & Zoltners 1979): keep each class's lower convex hull of
+(bytes, damage), sort all hull steps by damage saved per byte; prefix sums are the supported front.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from bitatlas.solvers.classes import Classes
+from bitatlas.solvers.problem import Problem
+
+__all__ = ["FrontCache", "FrontPoint", "fill"]
+
+
+class FrontPoint(NamedTuple):
+    """One budget's answer: choice (U,), its bytes and damage, the relaxation's bound, and the slope.
+
+    ``slope`` is the damage that the next byte would save, 0 when nothing is left to gain.
+    """
+
+    choice: np.ndarray
+    payload_bytes: int
+    objective: float
+    lower_bound: float
+    slope: float
+
+
+@dataclass(frozen=True, eq=False)
+class FrontCache:
+    """All supported points of one problem, for every budget.
+
+    Attributes:
+        classes: the merged problem.
+        hull: (C, F) int64 format index at each level of a class's hull, the last level repeated.
+        step_class: (M,) class of each step, best slope first; step_slope: (M,) damage saved per byte.
+        cum_bytes: (M + 1,) int64 payload after k steps; cum_damage: (M + 1,) float64.
+    """
+
+    classes: Classes
+    hull: np.ndarray
+    step_class: np.ndarray
+    step_slope: np.ndarray
+    cum_bytes: np.ndarray
+    cum_damage: np.ndarray
+
+    @classmethod
+    def of(cls, problem: Problem) -> FrontCache:
+        """Hulls of all classes and one sort. O(C F^2 + M log M)."""
+        c = problem.classes
+        size = np.where(c.allowed, c.bytes, np.iinfo(np.int64).max)
+        order = np.lexsort((c.damage, size), axis=1)  # cheapest first; among equals the least damage
+        w = np.take_along_axis(size, order, 1).astype(np.float64)
+        d = np.take_along_axis(c.damage, order, 1)
+        n, k = w.shape
+        hull = np.empty((n, k), np.int64)
+        hull[:, 0] = order[:, 0]
+        at = np.zeros(n, np.int64)
+        rows = np.arange(n)
+        live = rows
+        last = np.full(n, np.inf)
+        steps: list[tuple[np.ndarray, ...]] = []
+        for level in range(1, k):
+            hull[:, level] = hull[:, level - 1]
+            here = at[live]
+            here_w, here_d = w[live, here][:, None], d[live, here][:, None]
+            ahead = (w[live] > here_w) & (d[live] < here_d)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                slope = np.where(ahead, (here_d - d[live]) / (w[live] - here_w), -1.0)
+            # The farthest of equal slopes, so that every hull step is strict.
+            best = k - 1 - np.argmax(slope[:, ::-1], axis=1)
+            top = slope[np.arange(len(live)), best]
+            moved = top > 0
+            live, best = live[moved], best[moved]
+            if not live.size:
+                hull[:, level:] = hull[:, [level]]
+                break
+            # Rounding may lift a slope above its predecessor; the order within a class must hold.
+            last[live] = np.minimum(last[live], top[moved])
+            before, after = hull[live, level], order[live, best]
+            steps.append((live, last[live], c.bytes[live, after] - c.bytes[live, before],
+                          c.damage[live, before] - c.damage[live, after]))  # fmt: skip
+            hull[live, level] = after
+            at[live] = best
+        owner, slopes, extra, saved = (
+            (np.concatenate(parts) for parts in zip(*steps)) if steps else (np.zeros(0, int),) * 4
+        )
+        sort = np.argsort(-slopes, kind="stable")  # stable: levels of a class stay in order
+        first = hull[:, 0]
+        cum_bytes = np.concatenate([[c.payload(first)], extra[sort]]).astype(np.int64).cumsum()
+        cum_damage = np.concatenate([[c.objective(first)], -saved[sort]]).cumsum()
+        return cls(c, hull, owner[sort], slopes[sort], cum_bytes, cum_damage)
+
+    def steps_within(self, limit_bytes: int) -> int:
+        """How many steps fit, -1 when not even the smallest allocation does."""
+        return int(np.searchsorted(self.cum_bytes, limit_bytes, side="right")) - 1
+
+    def class_choice(self, steps: int) -> np.ndarray:
+        """(C,) format index after ``steps`` steps."""
+        n, k = self.hull.shape
+        level = np.bincount(self.step_class[:steps], minlength=n)
+        return self.hull[np.arange(n), np.minimum(level, k - 1)]
+
+    def at(self, limit_bytes: int, *, filled: bool = True) -> FrontPoint:
+        """Best supported allocation within ``limit_bytes``, then single moves while any still fits.
+
+        Raises:
+            ValueError: nothing fits; `solvers.infeasible.check_feasible` explains it to a user.
+        """
+        k = self.steps_within(limit_bytes)
+        if k < 0:
+            raise ValueError(f"{limit_bytes} bytes, the smallest allocation takes {int(self.cum_bytes[0])}")
+        choice = self.class_choice(k)
+        slope = float(self.step_slope[k]) if k < len(self.step_slope) else 0.0
+        bound = float(self.cum_damage[k]) - slope * (limit_bytes - int(self.cum_bytes[k]))
+        if filled and slope:
+            choice = fill(self.classes, choice, limit_bytes)
+        return FrontPoint(
+            self.classes.expand(choice),
+            self.classes.payload(choice),
+            self.classes.objective(choice),
+            bound,
+            slope,
+        )
+
+
+def fill(classes: Classes, choice: np.ndarray, limit_bytes: int) -> np.ndarray:
+    """Spend what is left: again and again the single change that saves most and still fits. (C,) -> (C,)."""
+    out = np.array(choice, np.int64)
+    rows = np.arange(len(out))
+    room = limit_bytes - classes.payload(out)
+    extra = classes.bytes - classes.bytes[rows, out][:, None]
+    gain = classes.damage[rows, out][:, None] - classes.damage
+    owner, option = np.nonzero((gain > 0) & (extra <= room) & classes.allowed)
+    extra, gain = extra[owner, option], gain[owner, option]
+    while owner.size:
+        best = int(np.argmax(gain))
+        taken, cost, won = int(owner[best]), int(extra[best]), float(gain[best])
+        out[taken] = option[best]
+        room -= cost
+        same = owner == taken
+        extra = np.where(same, extra - cost, extra)
+        gain = np.where(same, gain - won, gain)
+        keep = (extra <= room) & (gain > 0)
+        owner, option, extra, gain = owner[keep], option[keep], extra[keep], gain[keep]
+    return out

@@ -1,0 +1,100 @@
+"""What to tell a user whose budget cannot be met."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitatlas.analysis.schema import FORMATS, UserError
+from bitatlas.solvers.classes import tie_labels
+
+if TYPE_CHECKING:
+    from bitatlas.solvers.problem import Problem
+
+__all__ = ["check_feasible", "megabytes"]
+
+
+def megabytes(nbytes: int) -> str:
+    """``41.2 MB`` (10**6 bytes), three decimals below one megabyte."""
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e6:.3f} MB"
+
+
+def check_feasible(problem: Problem) -> None:
+    """Return if some allocation fits the bytes.
+
+    Raises:
+        UserError: none does; names the smallest possible payload, and what would have to be allowed: dropping
+            the pins if they are the reason, else the format with the most bits that would fit.
+    """
+    smallest = problem.min_bytes
+    if smallest <= problem.limit_bytes:
+        return
+    found = (
+        f"{megabytes(max(problem.limit_bytes, 0))} for the quantised units, the smallest possible with "
+        f"{', '.join(problem.formats)} is {megabytes(smallest)} ({smallest} bytes)"
+    )
+    if problem.kept_bytes:
+        found += f"; {megabytes(problem.kept_bytes)} more stay unquantised"
+    advice = [f"a budget of at least {megabytes(smallest + problem.kept_bytes)}"]
+    free = _smallest_without_pins(problem)
+    if problem.pins and free <= problem.limit_bytes:
+        raise UserError(
+            f"the pins make the budget impossible: without the {len(problem.pins)} pinned units it fits",
+            found=f"{found}; without the pins {megabytes(free)}",
+            fix=f"drop or lower some pins, or {advice[0]}",
+        )
+    change = _format_that_fits(problem)
+    if change is not None:
+        name, nbytes, fits = change
+        advice.insert(0, f"allow {name}: {megabytes(nbytes)}" + ("" if fits else " (the smallest there is)"))
+    raise UserError("the budget is too small for this model", found=found, fix=" or ".join(advice))
+
+
+def _smallest_without_pins(problem: Problem) -> int:
+    """Bytes of the smallest allocation if the pins were dropped, ties kept.
+
+    Formats that only pinned units may take (a pin outside the allowed list) still count only for them.
+    """
+    position = {key: i for i, key in enumerate(problem.units)}
+    labels = tie_labels(problem.units, problem.ties)
+    pinned = np.isin(labels, [labels[position[u]] for u in problem.pins])
+    # What the free units may take is what a pinned one could have had.
+    general = (
+        np.any(problem.allowed[~pinned], axis=0) if (~pinned).any() else np.ones(len(problem.formats), bool)
+    )
+    allowed = np.where(pinned[:, None], general[None, :] | problem.allowed, problem.allowed)
+    return _smallest(problem.bytes, allowed, labels)
+
+
+def _smallest(bytes_table: np.ndarray, allowed: np.ndarray, labels: np.ndarray) -> int:
+    shape = (int(labels.max()) + 1, bytes_table.shape[1])
+    size, joint = np.zeros(shape, np.int64), np.ones(shape, bool)
+    np.add.at(size, labels, bytes_table)
+    np.logical_and.at(joint, labels, allowed)
+    return int(np.where(joint, size, np.iinfo(np.int64).max).min(axis=1).sum())
+
+
+def _format_that_fits(problem: Problem) -> tuple[str, int, bool] | None:
+    """The format whose addition is the smallest change that fits: (name, smallest payload, does it fit).
+
+    Among those that make the budget possible the one with the most bytes; if none does, the smallest one.
+    """
+    if problem.shapes is None:
+        return None
+    shapes, which = np.unique(problem.shapes, axis=0, return_inverse=True)
+    which = which.reshape(-1)
+    labels = tie_labels(problem.units, problem.ties)
+    pinned_labels = labels[[problem.units.index(u) for u in problem.pins]] if problem.pins else labels[:0]
+    free = ~np.isin(labels, pinned_labels)
+    best: tuple[str, int, bool] | None = None
+    for name, fmt in FORMATS.items():
+        if name in problem.formats or fmt.kind == "float":
+            continue
+        column = np.array([fmt.payload_bytes(int(r), int(c)) for r, c in shapes], np.int64)[which]  # (U,)
+        table = np.column_stack([problem.bytes, column])
+        total = _smallest(table, np.column_stack([problem.allowed, free]), labels)
+        fits = total <= problem.limit_bytes
+        if best is None or (fits, total if fits else -total) > (best[2], best[1] if best[2] else -best[1]):
+            best = (name, total, fits)
+    return best if best is not None and best[1] < problem.min_bytes else None
