@@ -5,7 +5,7 @@ Half-precision buffers are held as int16 bit patterns, so that `model.to(dtype)`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from bitatlas.kernels.packing import (
 )
 from bitatlas.kernels.reference import Quantized
 
-__all__ = ["PackedMatrix", "pack_quantized", "packed_tensors"]
+__all__ = ["PackedMatrix", "pack_quantized", "pack_weight", "packed_tensors"]
 
 _FLOAT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _BLOCK_WEIGHTS = 1 << 22  # weights that are dequantised at a time: 16 MiB of float32, about a level-2 cache
@@ -47,6 +47,31 @@ def pack_quantized(q: Quantized) -> dict[str, Tensor]:
     out = {"codes": pack_codes(q.codes, q.format.bits), "scales": q.scales.contiguous()}
     if q.zeros is not None:
         out["zeros"] = pack_stream(q.zeros, q.format.bits)
+    return out
+
+
+def pack_weight(
+    weight: Tensor, fmt: Format, quantize: Callable[[Tensor, Format], Quantized]
+) -> dict[str, Tensor]:
+    """The stored tensors of a (rows, cols) weight, quantised a block of rows at a time to bound the memory.
+
+    Raises:
+        UserError: the weight holds NaN or Inf.
+    """
+    if fmt.kind == "float":
+        return {"weight": weight.to(_FLOAT[fmt.name])}
+    step = max(_BLOCK_WEIGHTS // max(weight.shape[1], 1), 1)
+    codes, scales, zeros = [], [], []
+    for block in weight.split(step):
+        q = quantize(block, fmt)
+        codes.append(pack_codes(q.codes, fmt.bits))
+        scales.append(q.scales)
+        if q.zeros is not None:
+            zeros.append(q.zeros)
+    out = {"codes": torch.cat(codes), "scales": torch.cat(scales)}
+    if zeros:
+        # One stream for the matrix: blocks end inside words, so it is packed at the end.
+        out["zeros"] = pack_stream(torch.cat(zeros), fmt.bits)
     return out
 
 

@@ -27,7 +27,8 @@ __all__ = ["CODES", "DTYPES", "ShardReader", "TensorSpec", "write_shard"]
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "F16": torch.float16,
     "BF16": torch.bfloat16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64, "U64": torch.uint64,
+    "U32": torch.uint32, "U16": torch.uint16, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 64 << 20

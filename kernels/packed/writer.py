@@ -20,7 +20,7 @@ from bitatlas.kernels.packed.manifest import MANIFEST, PARTIAL, Manifest, Packed
 from bitatlas.kernels.packed.matrix import packed_tensors
 from bitatlas.kernels.packed.shards import DTYPES, ShardReader, TensorSpec, write_shard
 
-__all__ = ["PackedWriter", "kept_spec", "unit_specs"]
+__all__ = ["PackedWriter", "check_folder", "kept_spec", "unit_specs"]
 
 _COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -55,13 +55,17 @@ class PackedWriter:
         out: the folder; made if need be.
         manifest: the plan.
         source: the original checkpoint's folder: its config, tokenizer and licence are copied.
+        extra: more text files to lay beside them, name -> text.
 
     Raises:
         UserError: the folder holds something else, cannot be written, or the disk is too small.
     """
 
-    def __init__(self, out: Path, manifest: Manifest, source: Path) -> None:
+    def __init__(
+        self, out: Path, manifest: Manifest, source: Path, extra: Mapping[str, str] | None = None
+    ) -> None:
         self.out, self.manifest = Path(out), manifest
+        self._extra = dict(extra or {})
         self.specs: list[list[TensorSpec]] = [[] for _ in manifest.shards]
         for u in manifest.units:
             self.specs[u.shard] += unit_specs(u)
@@ -72,21 +76,18 @@ class PackedWriter:
 
     def _claim(self, source: Path) -> None:
         """Make the folder ours, or find that it is."""
-        found = sorted(p.name for p in self.out.iterdir()) if self.out.is_dir() else []
-        if MANIFEST in found or PARTIAL in found:
-            name = MANIFEST if MANIFEST in found else PARTIAL
+        if name := check_folder(self.out):
             if (self.out / name).read_text(encoding="utf-8") == self._text:
                 return
             raise UserError(f"{self.out} holds another packed model", found=f"a {name} with other contents",
                             fix="name an empty folder, or remove this one first")  # fmt: skip
-        if found or (self.out.exists() and not self.out.is_dir()):
-            raise UserError(f"{self.out} is not an empty folder", found=", ".join(found[:4]) or "a file",
-                            fix="name a folder that is empty or does not exist")  # fmt: skip
         made = not self.out.exists()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._check_space()
             _copy_side_files(source, self.out)
+            for name, text in self._extra.items():
+                _write_text(self.out / name, text)
             _write_text(self.out / PARTIAL, self._text)
         except (OSError, UserError) as e:
             for path in self.out.iterdir() if self.out.is_dir() else ():
@@ -153,6 +154,22 @@ class PackedWriter:
         if (self.out / PARTIAL).exists():
             os.replace(self.out / PARTIAL, self.out / MANIFEST)
         return self.out
+
+
+def check_folder(out: Path) -> str:
+    """Name of the manifest in ``out``, finished or not; "" for a folder that is empty or does not exist.
+
+    Raises:
+        UserError: the folder holds something else, or is a file.
+    """
+    found = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    for name in (MANIFEST, PARTIAL):
+        if name in found:
+            return name
+    if found or (out.exists() and not out.is_dir()):
+        raise UserError(f"{out} is not an empty folder", found=", ".join(found[:4]) or "a file",
+                        fix="name a folder that is empty or does not exist")  # fmt: skip
+    return ""
 
 
 def _copy_side_files(source: Path, out: Path) -> None:

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitatlas.analysis.loaded import LoadedModel
+from bitatlas.analysis.model_index import index_model
+from bitatlas.analysis.schema import Allocation, ModelIndex
+from bitatlas.app.work.pack import Packer, check_output, check_quantizer, pack_model
+from bitatlas.kernels.errors import UserError
+from bitatlas.kernels.formats import parse_format
+from bitatlas.kernels.packed import load
+from bitatlas.kernels.reference import quantize_dequantize
+
+MIX = ("int2-g32", "int3-g64", "int4-g32-sym", "int5-channel", "int6-g128", "int8-g32", "bf16")
+FAMILIES = ("llama", "llama_tied", "gemma3", "phi3", "gpt2", "opt", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe",
+            "deepseek_v2", "deepseek_v3", "gpt_oss")  # fmt: skip
+
+
+def allocate(index: ModelIndex, formats: tuple[str, ...] = MIX) -> Allocation:
+    chosen = {u.key: formats[i % len(formats)] for i, u in enumerate(index.units)}
+    payload = sum(parse_format(chosen[u.key]).payload_bytes(u.rows, u.cols) for u in index.units)
+    return Allocation(
+        index.digest, index.name, chosen, payload, index.kept_bytes, payload * 8 / index.params, solver="hand"
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_the_model_with_quantised_weights(
+    family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    index = index_model(tiny_checkpoint(family))
+    plan = allocate(index)
+    result = pack_model(index, plan, tmp_path / "packed", shard_bytes=8_000)
+    assert result["predicted_bytes"] == plan.weights_bytes
+    packed = load(tmp_path / "packed")
+    loaded = LoadedModel.open(index)
+    weights = {}
+    for u in index.units:
+        weights[u.key] = quantize_dequantize(loaded.handle(u.key).get(), parse_format(plan.formats[u.key]))
+    ids = torch.randint(1, 250, (2, 13), generator=torch.Generator().manual_seed(0))
+    with loaded.swapped(weights), torch.no_grad():
+        want = loaded.logits(ids)
+        got = packed(ids).logits
+    assert (want - got).abs().max() <= 1e-4
+    assert (want - loaded.logits(ids)).abs().max() > 1e-3  # the formats did something
+
+
+def test_it_generates_from_its_own_folder_alone(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("qwen3_moe"), source)
+    index = index_model(source)
+    pack_model(index, allocate(index), tmp_path / "packed")
+    shutil.rmtree(source)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "packed")
+    ids = tokenizer("To be", return_tensors="pt")["input_ids"]
+    out = load(tmp_path / "packed").generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert 1 <= out.shape[1] - ids.shape[1] <= 4
+    assert tokenizer.decode(out[0]).startswith("To be")
+    again = Allocation.from_json((tmp_path / "packed" / "allocation.json").read_text())
+    assert again.formats == allocate(index).formats
+
+
+def test_a_step_is_a_shard_and_finished_ones_are_not_repeated(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = index_model(tiny_checkpoint("llama"))
+    first = Packer(index, allocate(index), tmp_path / "packed", shard_bytes=6_000)
+    assert len(first.plan()) > 2
+    first.run("shard-00002")
+    second = Packer(index, allocate(index), tmp_path / "packed", shard_bytes=6_000)
+    seen: list[str] = []
+    get = second._reader.get
+    monkeypatch.setattr(second._reader, "get", lambda unit: seen.append(unit.key) or get(unit))
+    for key in second.plan():
+        second.run(key)
+    second.finish()
+    assert sorted(seen) == sorted(u.key for u in second.manifest.units if u.shard != 1)
+
+
+def test_wrong_input_writes_nothing(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    index, other = index_model(tiny_checkpoint("llama")), index_model(tiny_checkpoint("qwen2"))
+    with pytest.raises(UserError, match="other weights"):
+        Packer(index, allocate(other), tmp_path / "packed")
+    with pytest.raises(UserError, match="no quantizer"):
+        Packer(index, allocate(index), tmp_path / "packed", quantizer="magic")
+    with pytest.raises(UserError, match="known: rtn"):
+        check_quantizer("magic")
+    check_quantizer("rtn")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    check_output(tmp_path / "mine")
+    (tmp_path / "mine" / "a").write_text("")
+    with pytest.raises(UserError, match="not an empty folder"):
+        check_output(tmp_path / "mine")
+
+
+def test_a_weight_that_breaks_later_leaves_no_half_shard(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("llama"), source)
+    index = index_model(source)
+    packer = Packer(index, allocate(index), tmp_path / "packed", shard_bytes=6_000)
+    packer.run("shard-00001")
+    (source / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError):
+        packer.run("shard-00002")
+    names = {f.name for f in (tmp_path / "packed").iterdir()}
+    assert "packed-00001.safetensors" in names
+    assert not any(n.endswith(".tmp") or n == "packed-00002.safetensors" for n in names)
+    assert json.loads((tmp_path / "packed" / "bitatlas.json.partial").read_text())["quantizer"] == "rtn"
