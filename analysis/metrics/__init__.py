@@ -6,12 +6,17 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from bitatlas.analysis.metrics.alphaq import AlphaQ
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
+from bitatlas.analysis.metrics.weight_error import WeightError
 from bitatlas.kernels.errors import UserError
 
 __all__ = ["METRICS", "Cost", "Metric", "StepResult", "check_settings", "get_metric", "metric_of_value"]
 
-_TABLE: tuple[type[Metric], ...] = ()
+_TABLE: tuple[type[Metric], ...] = (
+    WeightError,
+    AlphaQ,
+)
 
 METRICS: dict[str, type[Metric]] = {metric.NAME: metric for metric in _TABLE}
 

@@ -41,8 +41,9 @@ class Cost:
         steps: restartable steps.
         bytes_read: checkpoint bytes read.
         forward_tokens, backward_tokens: tokens through the whole model, forwards and backwards.
-        flops: arithmetic beside those passes (quantising, decompositions), in floating point operations.
-        seconds: the estimate for this machine, NaN until `measure.estimate` has filled it in.
+        flops: matrix arithmetic beside those passes (second moments, decompositions), floating point operations.
+        quantised: weights rounded to a format, each format counted.
+        seconds: the estimate for this machine, NaN until `cost.estimate` has filled it in.
     """
 
     steps: int
@@ -50,6 +51,7 @@ class Cost:
     forward_tokens: int = 0
     backward_tokens: int = 0
     flops: float = 0.0
+    quantised: int = 0
     seconds: float = float("nan")
 
 

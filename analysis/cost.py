@@ -1,0 +1,87 @@
+"""From a metric's machine-free cost to seconds on this machine, by timing three tiny pieces of work."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitatlas.analysis.schema import ModelIndex
+
+if TYPE_CHECKING:
+    from bitatlas.analysis.measure import MeasureContext
+    from bitatlas.analysis.metrics.base import Cost, Metric
+
+__all__ = ["Rates", "active_params", "checkpoint_bytes", "estimate", "measure_rates"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What this process does in a second: matrix arithmetic, weights rounded to a format, bytes copied."""
+
+    flops: float
+    quantised: float
+    bytes: float
+
+
+def _per_second(amount: float, work: Callable[[], object], at_least_s: float = 0.02) -> float:
+    work()  # the first call pays for threads and caches
+    best = float("inf")
+    start = time.perf_counter()
+    while time.perf_counter() - start < at_least_s:
+        t = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - t)
+    return amount / best
+
+
+@lru_cache(maxsize=1)
+def measure_rates() -> Rates:
+    """Times a matrix product, a quantiser call and a copy; a tenth of a second, once per process."""
+    import torch
+
+    from bitatlas.kernels.formats import parse_format
+    from bitatlas.kernels.reference import quantize_dequantize
+
+    a = torch.ones(384, 384)
+    fmt = parse_format("int4-g64")
+    return Rates(
+        flops=_per_second(2 * 384**3, lambda: a @ a),
+        quantised=_per_second(a.numel(), lambda: quantize_dequantize(a, fmt)),
+        bytes=_per_second(4 * (1 << 20), lambda: torch.zeros(1 << 20).clone()),
+    )
+
+
+def active_params(index: ModelIndex) -> float:
+    """Weights that one token passes through: of routed experts only the chosen ones count."""
+    share = index.top_k / index.n_experts if index.n_experts else 1.0
+    return sum(
+        u.params * (share if u.expert >= 0 else 1.0)
+        for u in index.units
+        if u.role != "embed" or not any(v.role == "head" for v in index.units[-1:])
+    )
+
+
+def checkpoint_bytes(index: ModelIndex) -> int:
+    """Bytes of the checkpoint's weight files that hold units."""
+    path = Path(index.path)
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    total = sum(os.path.getsize(f) for f in files if f.exists())
+    return max(0, total - index.kept_bytes)
+
+
+def estimate(metric: Metric, ctx: MeasureContext) -> Cost:
+    """The metric's cost with seconds for this process: good to a small factor, before anything has run.
+
+    A token costs 2 operations per active weight forwards and 4 backwards; once steps have run, their own
+    times tell more (see `measure.StepDone`).
+    """
+    cost, rates = metric.cost(ctx), measure_rates()
+    active = active_params(ctx.index)
+    flops = cost.flops + active * (2.0 * cost.forward_tokens + 4.0 * cost.backward_tokens)
+    seconds = flops / rates.flops + cost.quantised / rates.quantised + cost.bytes_read / rates.bytes
+    return replace(cost, seconds=seconds)

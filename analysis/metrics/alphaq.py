@@ -1,0 +1,129 @@
+"""AlphaQ: bits by how heavy-tailed a weight's spectrum is, no data needed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from bitatlas.analysis.cost import checkpoint_bytes
+from bitatlas.analysis.measure import MeasureContext
+from bitatlas.analysis.metrics.base import Cost, Metric, Parts, StepResult, chunks_by_layer
+from bitatlas.analysis.metrics.weight_error import squared_error
+from bitatlas.analysis.schema import NO_FORMAT, DamageRow
+from bitatlas.analysis.spectra import (
+    farms_eigenvalues,
+    gram_eigenvalues,
+    hill_alpha,
+    spectral_entropy,
+    stable_rank,
+)
+from bitatlas.kernels.errors import UserError
+
+__all__ = ["AlphaQ"]
+
+_FREE = ("alpha_hill", "alpha_hill_plain", "stable_rank", "spectral_entropy")
+
+
+class AlphaQ(Metric):
+    """Heavy-tail sensitivity: a heavier tail (smaller alpha) marks a better trained, more sensitive unit.
+
+        alpha  = 1 + k / sum_{i<=k} ln(l_{m-i+1} / l_{m-k}),  k = max(10, floor(0.1 m))   (PL_Alpha_Hill)
+        damage = (alpha_median / alpha)^gamma * n * Var(W) * 2^(-2 b)
+
+    l are squared singular values, ascending, pooled over random 128 x 128 tiles (FARMS), which takes the
+    shape of the matrix out of alpha. The published cost leaves out n, the number of weights, and
+    so under-weights large matrices; ``size_factor=False`` gives it as published. b is the format's code
+    width: group size does not enter, unless ``distortion="measured"`` puts ||Q(W) - W||^2 in the place of
+    n Var 2^(-2b). The standard error is the spread over FARMS seeds / sqrt(seeds). The tail's weight is a
+    hypothesis about training quality, not a bound on the loss.
+    """
+
+    NAME = "alphaq"
+    TITLE = "AlphaQ heavy tail"
+    UNIT = "squared weight"
+    SOURCE = "AlphaQ (arXiv 2606.04980), PL_Alpha_Hill with FARMS and the MILP cost, times n"
+    NEEDS = "weights"
+    ADDITIVE = True
+    PER_FORMAT = True
+    EMITS = ("alphaq", *_FREE)
+    VERSION = 1
+    SETTINGS = {"gamma": 1.0, "farms_seeds": 3, "size_factor": True, "distortion": "model"}
+
+    def plan(self, ctx: MeasureContext) -> list[str]:
+        """One step per layer, more for a large one."""
+        if self.option(ctx, "distortion") not in ("model", "measured"):
+            raise UserError(
+                "unknown distortion", found=repr(self.option(ctx, "distortion")), fix="model or measured"
+            )
+        if not 1 <= int(self.option(ctx, "farms_seeds")) <= 100:
+            raise UserError("farms_seeds must be 1 to 100", found=str(self.option(ctx, "farms_seeds")))
+        return list(chunks_by_layer(ctx.index.units))
+
+    def step(self, ctx: MeasureContext, key: str) -> StepResult:
+        """Per unit: alpha for every seed, the plain spectrum's numbers, and the distortion per format."""
+        units = chunks_by_layer(ctx.index.units)[key]
+        seeds = int(self.option(ctx, "farms_seeds"))
+        alphas = np.full((len(units), seeds), np.nan)
+        plain = np.full((len(units), 3), np.nan)
+        distortion = np.full((len(units), len(ctx.formats)), np.nan)
+        for i, unit in enumerate(units):
+            weight = ctx.weight(unit)  # (rows, cols)
+            whole = gram_eigenvalues(weight)
+            plain[i] = hill_alpha(whole), stable_rank(whole), spectral_entropy(whole)
+            for s in range(seeds):
+                generator = torch.Generator().manual_seed(ctx.random_seed("farms", s, unit.key))
+                alphas[i, s] = hill_alpha(farms_eigenvalues(weight, generator))
+            if self.option(ctx, "distortion") == "measured":
+                distortion[i] = [squared_error(weight, f) for f in ctx.formats]
+            else:
+                energy = unit.params * float(weight.double().var(correction=0))
+                distortion[i] = [energy * 2.0 ** (-2 * f.bits) for f in ctx.formats]
+            if not self.option(ctx, "size_factor"):
+                distortion[i] /= unit.params
+        return StepResult(arrays={"alphas": alphas, "plain": plain, "distortion": distortion})
+
+    def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
+        """Alpha against the median over all units, which needs every layer."""
+        chunks = chunks_by_layer(ctx.index.units)
+        gamma = float(self.option(ctx, "gamma"))
+        alphas = np.concatenate([parts[k]["alphas"] for k in chunks])  # (U, seeds)
+        plain = np.concatenate([parts[k]["plain"] for k in chunks])  # (U, 3)
+        distortion = np.concatenate([parts[k]["distortion"] for k in chunks])  # (U, F)
+        units = [u for chunk in chunks.values() for u in chunk]
+        seeds = alphas.shape[1]
+        alpha = alphas.mean(1)
+        stderr = alphas.std(1, ddof=1) / seeds**0.5 if seeds > 1 else np.full(len(alpha), np.nan)
+        known = alpha[np.isfinite(alpha)]
+        scale = (np.median(known) / alpha) ** gamma if known.size else np.full(len(alpha), np.nan)
+        rows = []
+        for i, unit in enumerate(units):
+            damage = scale[i] * distortion[i]
+            spread = damage * abs(gamma) * stderr[i] / alpha[i]  # first order in alpha's spread
+            rows += [
+                DamageRow(self.NAME, unit.key, f.name, float(d), float(e), seeds)
+                for f, d, e in zip(ctx.formats, damage, spread)
+            ]
+            rows.append(
+                DamageRow("alpha_hill", unit.key, NO_FORMAT, float(alpha[i]), float(stderr[i]), seeds)
+            )
+            rows += [
+                DamageRow(name, unit.key, NO_FORMAT, float(v), count=min(unit.rows, unit.cols))
+                for name, v in zip(_FREE[1:], plain[i])
+            ]
+        return rows
+
+    def cost(self, ctx: MeasureContext) -> Cost:
+        """One read, a Gram product and its eigenvalues per unit, and the FARMS tiles."""
+        flops = 0.0
+        for u in ctx.index.units:
+            n, m = min(u.rows, u.cols), max(u.rows, u.cols)
+            tiles = min(256, (u.rows // 128) * (u.cols // 128)) * int(self.option(ctx, "farms_seeds"))
+            # The eigensolver runs several times below the rate of a matrix product.
+            flops += 2.0 * m * n * n + 8 * 4 / 3 * n**3 + tiles * (2 + 8 * 4 / 3) * 128**3
+        measured = self.option(ctx, "distortion") == "measured"
+        return Cost(
+            steps=len(self.plan(ctx)),
+            bytes_read=checkpoint_bytes(ctx.index),
+            flops=flops,
+            quantised=ctx.index.params * len(ctx.formats) if measured else 0,
+        )
