@@ -59,11 +59,9 @@ def measure_rates() -> Rates:
 def active_params(index: ModelIndex) -> float:
     """Weights that one token passes through: of routed experts only the chosen ones count."""
     share = index.top_k / index.n_experts if index.n_experts else 1.0
-    return sum(
-        u.params * (share if u.expert >= 0 else 1.0)
-        for u in index.units
-        if u.role != "embed" or not any(v.role == "head" for v in index.units[-1:])
-    )
+    # An embedding costs nothing to look up, unless it is the head as well.
+    looked_up = "embed" if any(u.role == "head" for u in index.units) else ""
+    return sum(u.params * (share if u.expert >= 0 else 1.0) for u in index.units if u.role != looked_up)
 
 
 def checkpoint_bytes(index: ModelIndex) -> int:

@@ -30,7 +30,9 @@ from bitatlas.kernels.formats import Format
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bitatlas.analysis.loaded import LoadedModel
     from bitatlas.analysis.metrics.base import Metric
+    from bitatlas.analysis.weights import WeightReader
 
 __all__ = [
     "MeasureContext",
@@ -74,8 +76,8 @@ class MeasureContext:
         dtype: str = "float32",
         device: str = "cpu",
         calibration: CalibrationSet | None = None,
-        reader: Any = None,
-        loaded: Any = None,
+        reader: WeightReader | None = None,
+        loaded: LoadedModel | None = None,
     ) -> None:
         self.index = index
         self.formats = tuple(formats)
@@ -87,24 +89,27 @@ class MeasureContext:
         self.text_mode = text_mode
         self.dtype = dtype
         self.device = device
-        # A ready-made part takes the place of the lazy one.
+        if calibration is not None:
+            self.tokens, self.seq_len = calibration.size, calibration.tokens.shape[1]
+        # A ready-made part takes the place of the lazy one, and stays its maker's to close.
         ready = {"calibration": calibration, "reader": reader, "loaded": loaded}
-        self.__dict__.update({k: v for k, v in ready.items() if v is not None})
+        self._given = {k: v for k, v in ready.items() if v is not None}
+        self.__dict__.update(self._given)
         self._last: tuple[str, Tensor] | None = None
 
     @cached_property
-    def reader(self) -> Any:
+    def reader(self) -> WeightReader:
         """The checkpoint's weights, one at a time."""
-        from bitatlas.analysis.weights import WeightReader  # type: ignore[import-not-found,unused-ignore]
+        from bitatlas.analysis.weights import WeightReader
 
-        return WeightReader(self.index).__enter__()
+        return WeightReader(self.index)
 
     @cached_property
-    def loaded(self) -> Any:
+    def loaded(self) -> LoadedModel:
         """The model in memory."""
         import torch
 
-        from bitatlas.analysis.loaded import LoadedModel  # type: ignore[import-not-found,unused-ignore]
+        from bitatlas.analysis.loaded import LoadedModel
 
         return LoadedModel.open(self.index, dtype=getattr(torch, self.dtype), device=self.device)
 
@@ -127,10 +132,14 @@ class MeasureContext:
         )  # fmt: skip
 
     @property
+    def sequences(self) -> int:
+        """Calibration sequences a pass sees, known before the text is read."""
+        return -(-self.tokens // self.seq_len)
+
+    @property
     def calibration_tokens(self) -> int:
-        """Tokens a pass will see: the real number once the set is made, until then the number asked for."""
-        made = self.__dict__.get("calibration")
-        return made.size if made is not None else -(-self.tokens // self.seq_len) * self.seq_len
+        """Tokens a pass sees: whole sequences."""
+        return self.sequences * self.seq_len
 
     @cached_property
     def unit_by_key(self) -> dict[str, QuantUnit]:
@@ -160,11 +169,13 @@ class MeasureContext:
         return np.random.default_rng(self.random_seed(*labels))
 
     def close(self) -> None:
-        """Lets go of open files and of the model."""
-        reader = self.__dict__.pop("reader", None)
-        if reader is not None:
-            reader.__exit__(None, None, None)
-        self.__dict__.pop("loaded", None)
+        """Lets go of the files and the model that were opened here."""
+        reader, loaded = self.__dict__.get("reader"), self.__dict__.get("loaded")
+        if reader is not None and "reader" not in self._given:
+            reader.close()
+        if loaded is not None and "loaded" not in self._given:
+            loaded.free()
+            del self.__dict__["loaded"]
         self._last = None
 
     def __enter__(self) -> MeasureContext:

@@ -6,8 +6,10 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from bitatlas.analysis.metrics.activation_error import ActivationError
 from bitatlas.analysis.metrics.alphaq import AlphaQ
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
+from bitatlas.analysis.metrics.routing import Routing
 from bitatlas.analysis.metrics.weight_error import WeightError
 from bitatlas.kernels.errors import UserError
 
@@ -15,24 +17,24 @@ __all__ = ["METRICS", "Cost", "Metric", "StepResult", "check_settings", "get_met
 
 _TABLE: tuple[type[Metric], ...] = (
     WeightError,
+    ActivationError,
     AlphaQ,
+    Routing,
 )
 
 METRICS: dict[str, type[Metric]] = {metric.NAME: metric for metric in _TABLE}
 
 
 def get_metric(name: str) -> Metric:
-    """A metric by its name, ready to run.
+    """A metric, ready to run, by its name or by that of a value it emits.
 
     Raises:
         UserError: no such metric; the message names the nearest ones.
     """
     wanted = name.strip().lower().replace("-", "_")
-    if wanted in METRICS:
-        return METRICS[wanted]()
-    owner = metric_of_value(wanted)
+    owner = wanted if wanted in METRICS else metric_of_value(wanted)
     if owner:
-        raise UserError(f"{name!r} is a value of the metric {owner}", fix=f"--metric {owner}")
+        return METRICS[owner]()
     near = difflib.get_close_matches(wanted, METRICS, n=3, cutoff=0.4)
     raise UserError(
         f"there is no metric called {name!r}",

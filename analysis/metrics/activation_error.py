@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,13 +15,12 @@ from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult, unknown_rows
 from bitatlas.analysis.schema import DamageRow, QuantUnit
-from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import Format
 from bitatlas.kernels.reference import quantize_dequantize
 
 __all__ = ["ActivationError", "InputMoments", "collect_moments", "layer_groups"]
 
-_SKETCH = 8  # random output directions whose energy is followed sequence by sequence
+_SKETCH = 64  # random output directions whose energy is followed sequence by sequence
 _BLOCK = 1 << 22  # weights rounded at a time
 
 
@@ -34,8 +35,9 @@ class ActivationError(Metric):
     tr(W H W^T). Units that share an input (q, k, v; gate, up) share one H. An embedding that is only looked
     up is measured by the rows that the text uses. An expert that no token reaches is unknown (NaN, count 0).
 
-    The value is exact for the text. Its standard error is the spread over sequences, in which each
-    sequence's energy is followed along 8 random output directions. ``count`` is the tokens that reached the unit.
+    The value is exact for the text. Its relative standard error is the spread over sequences, followed in the
+    middle one of the formats along 64 random output directions (all of them for a unit with fewer rows):
+    it hangs on the inputs far more than on the format. ``count`` is the tokens that reached the unit.
     """
 
     NAME = "activation_error"
@@ -57,11 +59,13 @@ class ActivationError(Metric):
         """One pass over the text for a group of layers, then every unit in every format."""
         units = layer_groups(ctx.index.units, int(self.option(ctx, "moment_bytes")))[key]
         tokens = ctx.calibration.tokens
-        if len(tokens) < 2:
-            raise UserError("one sequence tells nothing about spread", found="1 sequence", fix="ask for more tokens")
         sketches = {u.key: self._sketch(ctx, u) for u in units}
         moments = collect_moments(
-            ctx, units, sketches, bool(self.option(ctx, "routing_weight")), int(self.option(ctx, "batch_tokens"))
+            ctx,
+            units,
+            sketches,
+            bool(self.option(ctx, "routing_weight")),
+            int(self.option(ctx, "batch_tokens")),
         )
         rows = []
         for unit in units:
@@ -76,26 +80,28 @@ class ActivationError(Metric):
         return StepResult(rows)
 
     def _sketch(self, ctx: MeasureContext, unit: QuantUnit) -> Tensor:
-        """(F, cols, r): dW^T R for every format, R random signs (rows, r)."""
-        weight = ctx.weight(unit)
+        """(cols, r): dW^T R of the middle format, R random signs (rows, r) / sqrt(r), or the identity."""
+        fmt = sorted(ctx.formats, key=lambda f: f.bits)[len(ctx.formats) // 2]
+        if unit.rows <= _SKETCH:
+            return torch.cat(list(_errors(ctx.weight(unit), fmt))).T
         signs = ctx.rng("sketch", unit.key).integers(0, 2, (unit.rows, _SKETCH)) * 2.0 - 1
-        r = torch.from_numpy(signs).float()
-        out = torch.zeros(len(ctx.formats), unit.cols, _SKETCH)
-        for f, fmt in enumerate(ctx.formats):
-            for error, part in zip(_errors(weight, fmt), r.split(_rows_at_once(unit.cols))):
-                out[f] += error.T @ part
+        directions = torch.from_numpy(signs / _SKETCH**0.5).float().split(_rows_at_once(unit.cols))
+        out = torch.zeros(unit.cols, _SKETCH)
+        for error, part in zip(_errors(ctx.weight(unit), fmt), directions):
+            out += error.T @ part
         return out
 
     def _rows(self, ctx: MeasureContext, unit: QuantUnit, found: InputMoments, n: int) -> list[DamageRow]:
-        weight = ctx.weight(unit)
-        h = found.matrix().cpu()  # (cols, cols), sum over tokens
-        energy = sum(float(((w @ h) * w).sum(dtype=torch.float64)) for w in weight.split(_rows_at_once(unit.cols)))
-        rows = []
-        for f, fmt in enumerate(ctx.formats):
+        weight = ctx.weight(unit).to(ctx.loaded.device)
+        h = found.matrix()  # (cols, cols), sum over tokens
+        energy = sum(
+            float(((w @ h) * w).sum(dtype=torch.float64)) for w in weight.split(_rows_at_once(unit.cols))
+        )
+        rows, spread = [], _relative_stderr(found.energies)
+        for fmt in ctx.formats:
             total = sum(float(((e @ h) * e).sum(dtype=torch.float64)) for e in _errors(weight, fmt))
             total = max(total, 0.0)  # rounding in the product of a dW that is nearly zero
             mean, relative = total / n, total / energy if energy > 0 else 0.0
-            spread = _relative_stderr(found.energies[:, f])
             rows += [
                 DamageRow(name, unit.key, fmt.name, value, value * spread, found.count)
                 for name, value in zip(self.EMITS, (mean, relative))
@@ -141,7 +147,7 @@ class InputMoments:
 
     Attributes:
         count: tokens seen.
-        energies: (S, F) float64, squared error of each sequence along the sketched directions, summed.
+        energies: (S,) float64, squared output of each sequence along the sketched directions.
         second: (cols, cols) float32 on the model's device, sum of w^2 x x^T; None when ``leader`` has it.
         leader: the unit whose input this one shares.
     """
@@ -172,81 +178,80 @@ def collect_moments(
     """One pass over the calibration text; units that no token reached are missing from the result.
 
     Args:
-        sketches: unit key -> (F, cols, r) directions to follow per sequence.
+        sketches: unit key -> (cols, r) directions to follow per sequence.
         routing_weight: weigh an expert's tokens with their squared routing weight.
     """
     loaded, calibration = ctx.loaded, ctx.calibration
     length = calibration.tokens.shape[1]
     wanted = {u.key for u in units}
     found: dict[str, InputMoments] = {}
-    seen: dict[tuple[int, tuple[int, ...]], tuple[str, Tensor]] = {}
+    # Holding the last few inputs keeps their addresses from being used again.
+    recent: deque[tuple[str, Tensor]] = deque(maxlen=4)
     last = max(u.layer for u in units)
     # A unit behind the group ends the pass: nothing after it is needed. Head and embedding need it all.
-    behind = [u.key for u in ctx.index.units if u.layer == last + 1] if all(u.layer >= 0 for u in units) else []
+    behind = (
+        [u.key for u in ctx.index.units if u.layer == last + 1] if all(u.layer >= 0 for u in units) else []
+    )
     offset = 0
 
     def watch(key: str, x: Tensor, token: Tensor, weight: Tensor | None) -> None:
         if key not in wanted:
             raise _Reached
-        x = x.float()
-        if weight is not None and routing_weight:
-            x = x * weight.float().unsqueeze(-1)
         moments = found.get(key)
         if moments is None:
-            moments = InputMoments(0, np.zeros((len(calibration.tokens), sketches[key].shape[0])))
-            shared = seen.get((x.data_ptr(), tuple(x.shape)))
-            if shared is not None and found[shared[0]].count == len(x):
-                moments.leader = found[shared[0]]
-            else:
+            moments = InputMoments(0, np.zeros(len(calibration.tokens)))
+            same = (
+                found[k] for k, seen in recent if seen.data_ptr() == x.data_ptr() and seen.shape == x.shape
+            )
+            moments.leader = next(same, None)
+            if moments.leader is None:
                 moments.second = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             found[key] = moments
         if moments.second is not None:
+            recent.append((key, x))
+        x = x.float()
+        if weight is not None and routing_weight:
+            x = x * weight.float().unsqueeze(-1)
+        if moments.second is not None:
             moments.second.addmm_(x.T, x)
-            seen[x.data_ptr(), tuple(x.shape)] = key, x  # holding x keeps its address from being used again
         moments.count += len(x)
-        f, cols, r = sketches[key].shape
-        y = x @ sketches[key].to(x.device).permute(1, 0, 2).reshape(cols, f * r)  # (n, F r)
-        energy = y.double().square().reshape(-1, f, r).sum(2).cpu()  # (n, F)
-        np.add.at(moments.energies, (token.cpu() // length + offset).numpy(), energy.numpy())
+        energy = (x @ sketches[key].to(x.device)).square().sum(1, dtype=torch.float64)  # (n,)
+        np.add.at(moments.energies, (token.cpu() // length + offset).numpy(), energy.cpu().numpy())
 
     with torch.no_grad(), loaded.capture(watch, [*wanted, *behind]):
         for batch in calibration.batches(batch_tokens):
-            seen.clear()
-            try:
+            recent.clear()
+            with suppress(_Reached):
                 loaded.logits(torch.from_numpy(batch))
-            except _Reached:
-                pass
             offset += len(batch)
     return found
 
 
 def layer_groups(units: Sequence[QuantUnit], max_bytes: int) -> dict[str, tuple[QuantUnit, ...]]:
-    """Consecutive layers whose second moments fit into ``max_bytes``, at most a quarter of the layers each.
+    """Consecutive units whose second moments fit into ``max_bytes``, of at most a quarter of the layers.
 
-    Embedding and head make the last group. A single layer that does not fit makes a group all the same.
+    A layer of many experts may take several groups; embedding and head make the last one.
     """
-    layers: dict[int, list[QuantUnit]] = {}
-    for u in units:
-        layers.setdefault(u.layer, []).append(u)
-    inside = sorted(layer for layer in layers if layer >= 0)
-    most = max(1, -(-len(inside) // 4))
-    groups: list[list[int]] = []
-    size = 0
-    for layer in inside:
-        inputs = {(u.expert, _input_of(u)): u.cols for u in layers[layer]}
-        need = sum(4 * cols * cols for cols in inputs.values())
-        if not groups or size + need > max_bytes or len(groups[-1]) == most:
+    inside = sorted((u for u in units if u.layer >= 0), key=lambda u: u.layer)
+    most = max(1, -(-len({u.layer for u in inside}) // 4))
+    groups: list[list[QuantUnit]] = []
+    inputs: dict[tuple[int, int, str], int] = {}
+    for u in inside:
+        new = (u.layer, u.expert, _input_of(u)) not in inputs
+        size = sum(inputs.values()) + 4 * u.cols**2
+        if not groups or (new and size > max_bytes) or u.layer - groups[-1][0].layer >= most:
             groups.append([])
-            size = 0
-        groups[-1].append(layer)
-        size += need
-    out = {}
-    for g in groups:
-        name = f"layers {g[0]}-{g[-1]}" if len(g) > 1 else f"layer {g[0]}"
-        out[name] = tuple(u for layer in g for u in layers[layer])
-    if layers.get(-1):
-        out["outside the layers"] = tuple(layers[-1])
-    return out
+            inputs = {}
+        groups[-1].append(u)
+        inputs[u.layer, u.expert, _input_of(u)] = 4 * u.cols**2
+    outside = [u for u in units if u.layer < 0]
+    out = {f"{_span(g)} ({len(g)} units from {g[0].key})": tuple(g) for g in groups}
+    return out | ({"outside the layers": tuple(outside)} if outside else {})
+
+
+def _span(group: Sequence[QuantUnit]) -> str:
+    first, last = group[0].layer, group[-1].layer
+    return f"layer {first}" if first == last else f"layers {first}-{last}"
 
 
 def _input_of(unit: QuantUnit) -> str:
@@ -261,12 +266,15 @@ def _rows_at_once(cols: int) -> int:
     return max(1, _BLOCK // cols)
 
 
-def _errors(weight: Tensor, fmt: Format) -> list[Tensor] | map[Tensor]:
+def _errors(weight: Tensor, fmt: Format) -> Iterator[Tensor]:
     """dW of a (rows, cols) weight, row block by row block."""
-    return map(lambda w: quantize_dequantize(w, fmt) - w, weight.split(_rows_at_once(weight.shape[1])))
+    for w in weight.split(_rows_at_once(weight.shape[1])):
+        yield quantize_dequantize(w, fmt) - w
 
 
 def _relative_stderr(by_sequence: np.ndarray) -> float:
-    """Standard error of a sum over sequences, relative to it; NaN when nothing moved."""
+    """Standard error of a sum over sequences, relative to it; NaN for one sequence, 0 when nothing moved."""
     s, total = len(by_sequence), float(by_sequence.sum())
-    return float(by_sequence.std(ddof=1) * s**0.5 / total) if total > 0 and s > 1 else float("nan")
+    if s < 2:
+        return float("nan")
+    return float(by_sequence.std(ddof=1) * s**0.5 / total) if total > 0 else 0.0

@@ -76,7 +76,9 @@ class AlphaQ(Metric):
             if self.option(ctx, "distortion") == "measured":
                 distortion[i] = [squared_error(weight, f) for f in ctx.formats]
             else:
-                energy = unit.params * float(weight.double().var(correction=0))
+                mean = float(weight.sum(dtype=torch.float64)) / unit.params
+                square = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+                energy = square - unit.params * mean * mean  # n times the population variance
                 distortion[i] = [energy * 2.0 ** (-2 * f.bits) for f in ctx.formats]
             if not self.option(ctx, "size_factor"):
                 distortion[i] /= unit.params
