@@ -16,8 +16,10 @@ __all__ = ["check_feasible", "megabytes"]
 
 
 def megabytes(nbytes: int) -> str:
-    """``41.2 MB`` (10**6 bytes), three decimals below one megabyte."""
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e6:.3f} MB"
+    """``41.2 MB``; ``9.0 kB`` below and ``15.24 GB`` above (powers of ten)."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
 
 
 def check_feasible(problem: Problem) -> None:
