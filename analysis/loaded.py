@@ -216,10 +216,14 @@ def _config(files: CheckpointFiles, index: ModelIndex) -> tuple[Any, Any]:
 
 def _build(index: ModelIndex, reader: WeightReader, dtype: torch.dtype, attention: str | None) -> nn.Module:
     """The filled model, on the CPU."""
+    from transformers.utils import logging
+
     config, kind = _config(reader.files, index)
     names = {u.tensor for u in index.units} | {k.name for k in index.kept}
     state = {name: reader.tensor(name) for name in reader.files.tensors if name in names}
     options = {"attn_implementation": attention} if attention else {}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model, report = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **options
@@ -227,6 +231,9 @@ def _build(index: ModelIndex, reader: WeightReader, dtype: torch.dtype, attentio
     except (RuntimeError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"the weights do not fit the architecture {index.architecture or index.model_type}",
                         found=str(e)[:300], fix="check that config.json belongs to these weights") from e  # fmt: skip
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     missing = sorted(report["missing_keys"])
     if missing or report["mismatched_keys"]:
         raise UserError(
