@@ -1,0 +1,10 @@
+"""What a job of each kind does: ``plan``, ``run(step)``, ``finish``. See `bitatlas.app.jobs.work.Work`.
+
+`WORKS` is the table: kind -> ``module:Class``. Text, not classes, so that reading it imports nothing.
+"""
+
+from __future__ import annotations
+
+__all__ = ["WORKS"]
+
+WORKS: dict[str, str] = {}
