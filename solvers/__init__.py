@@ -19,7 +19,9 @@ from bitatlas.solvers.frontier import frontier
 from bitatlas.solvers.hull import Hull
 from bitatlas.solvers.ilp import Ilp
 from bitatlas.solvers.mckp import Mckp
+from bitatlas.solvers.mixes import Q4KM, AttentionHigh, FirstLast
 from bitatlas.solvers.problem import Problem, SideBudget
+from bitatlas.solvers.random_best import RandomBest
 from bitatlas.solvers.uniform import Uniform
 
 __all__ = [
@@ -47,6 +49,10 @@ SOLVERS: dict[str, type[Solver]] = {
     "hull": Hull,
     "ilp": Ilp,
     "uniform": Uniform,
+    "first_last": FirstLast,
+    "attention_high": AttentionHigh,
+    "q4_k_m": Q4KM,
+    "random_best": RandomBest,
 }
 
 

@@ -1,0 +1,73 @@
+"""Random allocations at the budget, the best of N by predicted damage: what a search must beat."""
+
+from __future__ import annotations
+
+import time
+from typing import ClassVar
+
+import numpy as np
+
+from bitatlas.solvers.base import FEASIBLE, TIME_LIMIT, Found, Solver
+from bitatlas.solvers.problem import Problem
+
+__all__ = ["RandomBest", "random_choice"]
+
+
+class RandomBest(Solver):
+    """Best of 256 random allocations that fill the budget; with an interaction factor, by quadratic damage."""
+
+    NAME: ClassVar[str] = "random_best"
+    TITLE: ClassVar[str] = "Random, best of 256"
+    SOURCE: ClassVar[str] = "baseline; Li & Talwalkar 2019, random search and reproducibility"
+    SAMPLES: ClassVar[int] = 256
+
+    def _solve(self, problem: Problem, seed: int, deadline: float) -> Found:
+        rng = np.random.default_rng(seed)
+        best: np.ndarray | None = None
+        best_value = np.inf
+        for done in range(self.SAMPLES):
+            choice = problem.classes.expand(random_choice(problem, rng))
+            value = problem.objective(choice) if problem.interaction is None else problem.quadratic(choice)
+            if best is None or value < best_value:
+                best, best_value = choice, value
+            if time.perf_counter() > deadline:
+                return Found(best, TIME_LIMIT, done + 1)
+        assert best is not None
+        return Found(best, FEASIBLE, self.SAMPLES)
+
+
+def random_choice(problem: Problem, rng: np.random.Generator) -> np.ndarray:
+    """(C,) a random allocation within the budget, every class drawn from the same distribution over its formats.
+
+    Each option gets a random (Gumbel) utility minus a price times its share of the class's largest extra bytes.
+    The bytes fall as the price rises, so bisection finds the price that meets the budget; random single
+    moves then use up the rest.
+    """
+    c = problem.classes
+    smallest = c.smallest()
+    rows = np.arange(len(smallest))
+    extra = np.where(c.allowed, c.bytes - c.bytes[rows, smallest][:, None], 0)
+    share = extra / np.maximum(extra.max(axis=1, keepdims=True), 1)
+    utility = np.where(c.allowed, rng.gumbel(size=extra.shape), -np.inf)
+    choice = smallest
+    low, high = -30.0, 300.0
+    for _ in range(40):
+        price = (low + high) / 2
+        drawn = np.argmax(utility - price * share, axis=1)
+        if c.payload(drawn) <= problem.limit_bytes:
+            choice, high = drawn, price
+        else:
+            low = price
+    out = choice.copy()
+    room = problem.limit_bytes - c.payload(out)
+    step = c.bytes - c.bytes[rows, out][:, None]
+    owner, option = np.nonzero(c.allowed & (step > 0) & (step <= room))
+    # One visit to each candidate, in random order; after a move the class is done.
+    moved: set[int] = set()
+    for at in rng.permutation(len(owner))[: 4 * len(out)].tolist():
+        i, need = int(owner[at]), int(step[owner[at], option[at]])
+        if need <= room and i not in moved:
+            out[i] = option[at]
+            room -= need
+            moved.add(i)
+    return out
