@@ -32,6 +32,10 @@ __all__ = ["JobRequest", "JobStatus", "Jobs"]
 _LOG_TAIL_BYTES = 1 << 20
 _MAX_STARTS = 5
 
+# A worker needs a moment until it holds its lock; meanwhile nobody here starts another one.
+_START_S = 3.0
+
+_started: dict[str, float] = {}
 _clients: dict[str, Any] = {}
 _clients_guard = threading.Lock()
 
@@ -152,7 +156,7 @@ class Jobs:
             RuntimeError: workers keep dying at their start; carries the end of their log.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        starts, last_start, last_done = 0, 0.0, -1
+        starts, last_done = 0, -1
         while True:
             status = self.job(job)
             if on_progress is not None:
@@ -161,8 +165,8 @@ class Jobs:
                 return status
             if status.done != last_done:
                 starts, last_done = 0, status.done
-            if time.monotonic() - last_start > 5.0 and self.start_worker_if_needed():
-                starts, last_start = starts + 1, time.monotonic()
+            if self.start_worker_if_needed():
+                starts += 1
                 if starts > _MAX_STARTS:
                     raise RuntimeError(f"the worker keeps ending at its start:\n{self.worker_log()}")
             if deadline is not None and time.monotonic() > deadline:
@@ -185,7 +189,7 @@ class Jobs:
 
     def start_worker_if_needed(self) -> bool:
         """Start a worker if there are jobs to run and none lives; True when one was started."""
-        if self.worker_alive():
+        if time.monotonic() - _started.get(str(self.home.root), -_START_S) < _START_S or self.worker_alive():
             return False
         with self._client() as client:
             waiting = client.list_workflows(
@@ -199,6 +203,7 @@ class Jobs:
             return False
         command = [sys.executable, "-m", "bitatlas.app.worker", "--home", str(self.home.root),
                    "--idle-minutes", str(self.idle_minutes)]  # fmt: skip
+        _started[str(self.home.root)] = time.monotonic()
         with open(self.home.logs("worker"), "ab") as log:
             # A session of its own: a closed terminal or a stopped dashboard does not reach it.
             subprocess.Popen(

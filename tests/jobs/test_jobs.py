@@ -1,33 +1,11 @@
 from __future__ import annotations
 
-import math
-
+import psutil
 import pytest
 
 from bitatlas.analysis.schema import UserError
 from bitatlas.app.jobs.service import JobRequest, Jobs
 from bitatlas.cache.store import Store
-
-
-def toy(run="r", **params) -> JobRequest:
-    return JobRequest("toy", {"run": run, **params}, title="a toy")
-
-
-def computed(bench, job) -> list[str]:
-    return [
-        line.split()[1] for line in bench.jobs.logs(job, 10_000).splitlines() if line.startswith("computing ")
-    ]
-
-
-def assert_complete(bench, run: str, steps: int) -> None:
-    rows = Store(bench.home).rows(run)
-    want = {("toy", f"u{i}.{j}"): i + j / 8 for i in range(steps) for j in range(3)} | {
-        ("toy_sum", "all"): 1.5
-    }
-    assert {(r.metric, r.unit): r.value for r in rows} == want
-    assert len(rows) == len(want)
-    assert all(math.isnan(r.stderr) for r in rows)
-    assert Store(bench.home).run(run).finished is not None
 
 
 def test_same_request_same_id():
@@ -38,87 +16,105 @@ def test_same_request_same_id():
     assert a.id != JobRequest("l", {"x": 1, "y": [2]}).id
 
 
-def test_a_job_from_submit_to_result(bench):
+def test_a_job_from_submit_to_result(calm):
     with pytest.raises(UserError, match="no kind of job called 'nope'"):
-        bench.jobs.submit(JobRequest("nope"))
-    assert bench.jobs.jobs() == []
+        calm.jobs.submit(JobRequest("nope"))
+    assert calm.jobs.jobs() == []
     with pytest.raises(UserError, match="no such job"):
-        bench.jobs.job("0" * 16)
-    job = bench.jobs.submit(toy(steps=5))
+        calm.jobs.job("0" * 16)
+    job = calm.jobs.submit(calm.toy(steps=5))
     seen = []
-    status = bench.jobs.wait(job, seen.append, timeout_s=60)
+    status = calm.jobs.wait(job, seen.append, timeout_s=60)
     assert (status.state, status.error, status.done, status.total) == ("done", "", 5, 5)
     assert status.result["answer"] == 42
     assert (status.kind, status.title, status.params) == ("toy", "a toy", {"run": "r", "steps": 5})
     assert status.created <= status.started <= status.ended
     assert [s.done for s in seen] == sorted(s.done for s in seen)
-    assert_complete(bench, "r", 5)
-    log = bench.jobs.logs(job)
+    calm.assert_complete("r", 5)
+    log = calm.jobs.logs(job)
     assert "step 5/5 s4" in log
-    assert computed(bench, job) == [f"s{i}" for i in range(5)]
+    assert calm.computed(job) == [f"s{i}" for i in range(5)]
     # Asked again: the same job, nothing computed again; with again=True it runs, and the store has the steps.
-    assert bench.jobs.submit(toy(steps=5)) == job
-    assert bench.jobs.job(job).state == "done"
-    assert len(bench.workers()) == 1
-    bench.jobs.submit(toy(steps=5), again=True)
-    assert bench.jobs.wait(job, timeout_s=60).state == "done"
-    assert len(computed(bench, job)) == 5
-    assert not bench.engines()
+    assert calm.jobs.submit(calm.toy(steps=5)) == job
+    assert calm.jobs.job(job).state == "done"
+    assert len(calm.workers()) == 1
+    calm.jobs.submit(calm.toy(steps=5), again=True)
+    assert calm.jobs.wait(job, timeout_s=60).state == "done"
+    assert len(calm.computed(job)) == 5
+    assert not calm.engines()
 
 
-def test_two_submits_are_one_job_and_two_clients_see_the_same(bench):
-    other = Jobs(bench.home)
-    job = bench.jobs.submit(toy(steps=6, seconds=0.5))
-    assert other.submit(toy(steps=6, seconds=0.5)) == job
-    bench.until(lambda: bench.jobs.job(job).done >= 2, what="two steps")
-    a, b = bench.jobs.job(job), other.job(job)
+def test_a_job_without_rows(calm):
+    job = calm.jobs.submit(calm.toy("none", no_run=True))
+    status = calm.jobs.wait(job, timeout_s=60)
+    assert (status.state, status.total) == ("done", 4)
+    assert "none" not in {r.run for r in Store(calm.home).runs()}
+
+
+def test_two_submits_are_one_job_and_two_clients_see_the_same(calm):
+    other = Jobs(calm.home)
+    request = calm.toy("two", steps=6, seconds=0.5)
+    job = calm.jobs.submit(request)
+    assert other.submit(request) == job
+    calm.until(lambda: calm.jobs.job(job).done >= 2, what="two steps")
+    a, b = calm.jobs.job(job), other.job(job)
     assert abs(a.done - b.done) <= 1
     assert (a.state, a.total, b.total) == ("running", 6, 6)
     assert a.heartbeat_age_s < 10
-    bench.until(lambda: bench.jobs.job(job).eta_s, what="an ETA")
-    assert [j.id for j in other.jobs()] == [job]
-    assert len(bench.workers()) == 1
-    assert bench.jobs.wait(job, timeout_s=60).state == "done"
-    assert_complete(bench, "r", 6)
+    calm.until(lambda: calm.jobs.job(job).eta_s, what="an ETA")
+    assert [j.id for j in other.jobs()].count(job) == 1
+    assert len(calm.workers()) == 1
+    assert calm.jobs.wait(job, timeout_s=60).state == "done"
+    calm.assert_complete("two", 6)
 
 
-def test_cancel_frees_everything_and_resume_goes_on(bench):
-    job = bench.jobs.submit(toy(steps=4, faults={"s2": "child"}, once=True))
-    pid_file = bench.home.root / "child.pid"
-    bench.until(lambda: pid_file.exists() and pid_file.read_text(), what="the step runs")
-    import psutil
-
+def test_cancel_frees_everything_and_resume_goes_on(calm):
+    job = calm.jobs.submit(calm.toy("cancel", faults={"s2": "child"}, once=True))
+    pid_file = calm.home.root / "child.pid"
+    calm.until(lambda: pid_file.exists() and pid_file.read_text(), what="the step runs")
     child = psutil.Process(int(pid_file.read_text()))
-    bench.jobs.cancel(job)
-    bench.until(lambda: not bench.engines(), 10, "the engine is gone")
-    bench.until(
+    calm.jobs.cancel(job)
+    calm.until(lambda: not calm.engines(), 10, "the engine is gone")
+    calm.until(
         lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 10, "its child is gone"
     )
-    assert bench.jobs.job(job).state == "cancelled"
-    assert bench.jobs.wait(job).state == "cancelled"
-    assert Store(bench.home).steps_done("r") == {"s0", "s1"}
-    bench.jobs.resume(job)
-    assert bench.jobs.wait(job, timeout_s=60).state == "done"
-    assert_complete(bench, "r", 4)
-    assert computed(bench, job) == ["s0", "s1", "s2", "s3"]
+    assert calm.jobs.job(job).state == "cancelled"
+    assert calm.jobs.wait(job).state == "cancelled"
+    assert Store(calm.home).steps_done("cancel") == {"s0", "s1"}
+    calm.jobs.resume(job)
+    assert calm.jobs.wait(job, timeout_s=60).state == "done"
+    calm.assert_complete("cancel", 4)
+    assert calm.computed(job) == ["s0", "s1", "s2", "s3"]
+
+
+def test_cancel_and_resume_at_once(calm):
+    job = calm.jobs.submit(calm.toy("flip", faults={"s1": "hang"}, once=True))
+    for _ in range(3):
+        calm.until(
+            lambda: calm.jobs.job(job).done >= 1 or calm.jobs.job(job).state == "done", what="one step"
+        )
+        calm.jobs.cancel(job)
+        calm.jobs.resume(job)
+    assert calm.jobs.wait(job, timeout_s=90).state == "done"
+    calm.assert_complete("flip", 4)
 
 
 @pytest.mark.parametrize(
     ("fault", "words"),
     [("user", "the toy is broken. Found: a crack. Try: glue."), ("bug", "KeyError"), ("memory", "out of memory"),
-     ("kill", "signal 9"), ("bus", "bus error")],
+     ("kill", "signal 9"), ("bus", "bus error"), ("segv", "signal 11")],
 )  # fmt: skip
-def test_failures_in_words_and_resume(bench, fault, words):
-    request = toy(steps=3, faults={"s1": fault}, once=True)
-    job = bench.jobs.submit(request)
-    status = bench.jobs.wait(job, timeout_s=60)
+def test_failures_in_words_and_resume(calm, fault, words):
+    request = calm.toy(fault, steps=3, faults={"s1": fault}, once=True)
+    job = calm.jobs.submit(request)
+    status = calm.jobs.wait(job, timeout_s=60)
     assert status.state == "failed"
     assert words in status.error
-    assert words in bench.jobs.logs(job)
+    assert words in calm.jobs.logs(job)
     assert (status.done, status.total) == (1, 3)
-    assert not bench.engines()
-    bench.jobs.submit(request)
-    status = bench.jobs.wait(job, timeout_s=60)
+    assert not calm.engines()
+    calm.jobs.submit(request)
+    status = calm.jobs.wait(job, timeout_s=60)
     assert (status.state, status.error) == ("done", "")
-    assert_complete(bench, "r", 3)
-    assert computed(bench, job) == ["s0", "s1", "s2"]
+    calm.assert_complete(fault, 3)
+    assert calm.computed(job) == ["s0", "s1", "s2"]
