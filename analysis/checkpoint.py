@@ -19,6 +19,7 @@ __all__ = ["CODE_KEYS", "CheckpointFiles", "read_json", "sanitized"]
 
 _MAX_CONFIG_BYTES = 8 << 20
 _MAX_INDEX_BYTES = 64 << 20
+_MAX_ENTRIES = 2_000_000
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CODE_KEYS = frozenset(
     {"auto_map", "trust_remote_code", "_attn_implementation", "_attn_implementation_internal", "attn_implementation",
@@ -93,6 +94,8 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
         raw = f.read(limit + 1)
     if len(raw) > limit:
         raise UserError(f"{path.name} is too large", found=f"more than {limit} bytes")
+    if (entries := raw.count(b",")) > _MAX_ENTRIES:
+        raise UserError(f"{path.name} has too many entries to be read safely", found=f"about {entries}")
     try:
         data = json.loads(raw.decode("utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError) as e:

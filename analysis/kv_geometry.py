@@ -40,7 +40,8 @@ def kv_geometry(config: Mapping[str, Any]) -> KvGeometry | None:
         return None
     rank = config.get("kv_lora_rank")
     if isinstance(rank, int) and rank > 0:
-        latent = rank + int(config.get("qk_rope_head_dim") or 0)
+        rope = config.get("qk_rope_head_dim")
+        latent = rank + (rope if isinstance(rope, int) and rope > 0 else 0)
         return KvGeometry((1,) * layers, -(-latent // 2), (0,) * layers)
     kv_heads = config_int(config, "kv_heads", 1 if config.get("multi_query") is True else heads)
     head_dim = config.get("head_dim")

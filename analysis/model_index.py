@@ -19,6 +19,7 @@ from bitatlas.kernels.errors import UserError
 __all__ = ["build_index", "index_model", "model_digest", "sampled_digest", "scale_of"]
 
 _BLOCKS, _BLOCK_BYTES = 16, 64 << 10
+_MAX_UNITS = 1_000_000
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _READABLE_QUANT = {"fp8"}
 _ROLE_RANK = {role: i for i, role in enumerate(ROLE_ORDER)}
@@ -44,9 +45,11 @@ def index_model(path: str | Path) -> ModelIndex:
             f"the checkpoint is already quantised ({method})", found="quantization_config in config.json",
             fix="take the original bf16, fp16 or fp8 checkpoint that it was made from",
         )  # fmt: skip
+    copies = _tied_copies(files) if config.get("tie_word_embeddings") is True else set()
     return build_index(
-        files.folder, config, (info for _, info in files.tensors.values()), model_digest(files),
-        name=files.folder.name, architecture=_architecture(files.config), notes=list(files.notes),
+        files.folder, config, (info for name, (_, info) in files.tensors.items() if name not in copies),
+        model_digest(files), name=files.folder.name, architecture=_architecture(files.config),
+        notes=list(files.notes),
     )  # fmt: skip
 
 
@@ -76,6 +79,10 @@ def build_index(
             kept.append(KeptTensor(t.name, t.shape, t.dtype, t.nbytes))
         else:
             units += _units(t, place)
+        if len(units) > _MAX_UNITS:
+            raise UserError(
+                "the checkpoint has too many experts to be read safely", found=f"{t.name}: {t.shape}"
+            )
     if not units:
         raise UserError("the checkpoint has no weight matrix that could be quantised",
                         found=f"{len(kept)} tensors, such as {', '.join(k.name for k in kept[:3])}")  # fmt: skip
@@ -103,6 +110,23 @@ def build_index(
         kv=kv_geometry(config), vocab_size=embed.rows if embed else config_int(config, "vocab"),
         source=source, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _tied_copies(files: CheckpointFiles) -> set[str]:
+    """Heads that are stored although they are the embedding: same shape, same bytes in all sampled blocks."""
+    heads = [n for n in files.tensors if n.endswith("lm_head.weight")]
+    embeds = [
+        n for n, (_, t) in files.tensors.items() if (p := classify(n, t.shape, "")) and p.role == "embed"
+    ]
+    copies = set()
+    for head in heads:
+        shard, info = files.tensors[head]
+        for other_shard, other in (files.tensors[e] for e in embeds):
+            if (info.shape, info.dtype) == (other.shape, other.dtype) and sampled_digest(
+                files.folder / shard, info.nbytes, info.start
+            ) == sampled_digest(files.folder / other_shard, other.nbytes, other.start):
+                copies.add(head)
+    return copies
 
 
 def scale_of(name: str, names: Iterable[str]) -> str:
@@ -173,14 +197,15 @@ def model_digest(files: CheckpointFiles) -> str:
     return h.hexdigest()
 
 
-def sampled_digest(path: Path, size: int) -> bytes:
-    """sha256 of evenly spaced blocks of one file, the first and the last included."""
+def sampled_digest(path: Path, size: int, start: int = 0) -> bytes:
+    """sha256 of evenly spaced blocks of ``size`` bytes of a file, the first and the last block included."""
     h = hashlib.sha256()
     with os.fdopen(open_regular(path), "rb") as f:
         if size <= _BLOCKS * _BLOCK_BYTES:
-            h.update(f.read())
+            f.seek(start)
+            h.update(f.read(size))
             return h.digest()
         for i in range(_BLOCKS):
-            f.seek((size - _BLOCK_BYTES) * i // (_BLOCKS - 1))
+            f.seek(start + (size - _BLOCK_BYTES) * i // (_BLOCKS - 1))
             h.update(f.read(_BLOCK_BYTES))
     return h.digest()

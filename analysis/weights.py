@@ -45,10 +45,12 @@ class WeightReader:
         self.files = CheckpointFiles.open(index.path)
         self._units = {u.key: u for u in index.units}
         self._open: dict[str, int] = {}
-        missing = [u.tensor for u in index.units if u.tensor not in self.files.tensors]
-        if missing:
-            raise UserError("the checkpoint changed since it was indexed", found=f"{missing[0]} is gone",
-                            fix="scan it again")  # fmt: skip
+        for u in index.units:
+            found = self.files.tensors.get(u.tensor)
+            if found is None or sorted(found[1].shape[-2:]) != _stored_shape(u):
+                have = "no such tensor" if found is None else f"shape {list(found[1].shape)}"
+                raise UserError("the checkpoint changed since it was indexed", found=f"{u.tensor}: {have}",
+                                fix="scan it again")  # fmt: skip
 
     def __enter__(self) -> Self:
         return self
@@ -173,8 +175,14 @@ class WeightReader:
         return size[axis] if ok and size else 128
 
 
+def _stored_shape(u: QuantUnit) -> list[int]:
+    """The last two dimensions of the unit's tensor on disk, sorted."""
+    return sorted((u.rows * 2 if u.part else u.rows, u.cols))
+
+
 def _check_finite(name: str, tensor: Tensor) -> None:
-    finite = torch.isfinite(tensor)
+    # torch has no isfinite for one-byte floats.
+    finite = torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float())
     if not finite.all():
         bad = int(tensor.numel() - finite.sum())
         raise UserError(f"the weight {name} holds NaN or Inf", found=f"{bad} of {tensor.numel()} values",
