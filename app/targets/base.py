@@ -1,0 +1,209 @@
+"""What an engine can load, and what it gets: the contract of a target. One engine, one file, one class.
+
+A verdict comes before any work: *servable*, *loads but decodes wrong*, or *rejected*, unit by unit, with the
+smallest change that makes it servable.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
+
+__all__ = ["REJECTED", "SERVABLE", "WRONG", "Finding", "Target", "Verdict"]
+
+SERVABLE = "servable"
+WRONG = "loads but decodes wrong"
+REJECTED = "rejected"
+_WORST_FIRST = (REJECTED, WRONG, SERVABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One reason against an allocation, with the units it is about."""
+
+    status: str
+    reason: str
+    units: tuple[str, ...]
+
+    def __str__(self) -> str:
+        where = self.units[0] if len(self.units) == 1 else f"{len(self.units)} units such as {self.units[0]}"
+        return f"{where}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an engine will do with an allocation.
+
+    Attributes:
+        status: `SERVABLE`, `WRONG` or `REJECTED`.
+        findings: reasons against it, worst first.
+        changes: unit -> format, the smallest change that makes it servable; empty when it is, or when none does.
+        notes: what else to know; nothing that keeps it from being served.
+        bytes: weights in the engine's own container, headers aside; 0 when its size is that of the allocation.
+    """
+
+    status: str
+    findings: tuple[Finding, ...] = ()
+    changes: Mapping[str, str] | None = None
+    notes: tuple[str, ...] = ()
+    bytes: int = 0
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The findings as sentences."""
+        return tuple(str(f) for f in self.findings)
+
+    @property
+    def units(self) -> dict[str, str]:
+        """Unit -> the worst reason against it."""
+        out: dict[str, str] = {}
+        for finding in self.findings:
+            for unit in finding.units:
+                out.setdefault(unit, finding.reason)
+        return out
+
+    @property
+    def change(self) -> str:
+        """The smallest change in words."""
+        if not self.changes:
+            return "" if self.status == SERVABLE else "no choice of formats makes this engine load it"
+        kinds = Counter(self.changes.values()).most_common(3)
+        what = ", ".join(f"{n} to {f}" for f, n in kinds)
+        return f"change {len(self.changes)} units ({what}), or solve with --target"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "status": self.status, "reasons": list(self.reasons), "units": self.units, "change": self.change,
+            "changes": dict(self.changes or {}), "notes": list(self.notes), "bytes": self.bytes,
+        }  # fmt: skip
+
+
+class Target(ABC):
+    """An engine. A subclass says what it loads (`refuses`, `ties`) and writes its files (`render`)."""
+
+    NAME: ClassVar[str]
+    TITLE: ClassVar[str]
+    SERVES: ClassVar[str]  # who reads the files, in words
+
+    # -- what it loads ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def loads(self, fmt: Format) -> bool:
+        """Whether some unit may have this format."""
+
+    def format_names(self) -> list[str]:
+        """The formats it loads."""
+        return [name for name, fmt in FORMATS.items() if self.loads(fmt)]
+
+    def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
+        """Why this unit may not have this format; None when it may."""
+        if self.loads(fmt):
+            return None
+        return Finding(REJECTED, f"{self.NAME} has no {fmt.name}", (unit.key,))
+
+    def ties(self, index: ModelIndex) -> tuple[TieGroup, ...]:
+        """Units that must share a format."""
+        return ()
+
+    def tie_status(self, tie: TieGroup, formats: Mapping[str, str]) -> str:
+        """What happens when ``formats`` break a tie."""
+        return REJECTED
+
+    def allowed(self, unit: QuantUnit, index: ModelIndex) -> list[str]:
+        """Formats that this unit may have."""
+        return [name for name, fmt in FORMATS.items() if self.refuses(unit, fmt, index) is None]
+
+    # -- the verdict --------------------------------------------------------------------------------------------
+
+    def check(self, allocation: Allocation, index: ModelIndex) -> Verdict:
+        """What the engine will do with ``allocation``.
+
+        Raises:
+            UserError: the allocation is for another model.
+        """
+        allocation.check_model(index)
+        findings = self._findings(allocation.formats, index)
+        status = min((f.status for f in findings), key=_WORST_FIRST.index, default=SERVABLE)
+        changes: dict[str, str] | None = None
+        if status != SERVABLE:
+            changed = self.repaired(allocation.formats, index)
+            if not self._findings(changed, index):
+                changes = {u: f for u, f in changed.items() if f != allocation.formats[u]}
+        return Verdict(
+            status,
+            findings,
+            changes,
+            tuple(self.notes(allocation, index)),
+            self.engine_bytes(allocation, index),
+        )
+
+    def _findings(self, formats: Mapping[str, str], index: ModelIndex) -> tuple[Finding, ...]:
+        grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for unit in index.units:
+            found = self.refuses(unit, FORMATS[formats[unit.key]], index)
+            if found:
+                grouped[found.status, found.reason] += found.units
+        for tie in self.ties(index):
+            if len({formats[u] for u in tie.units}) > 1:
+                grouped[self.tie_status(tie, formats), tie.reason] += tie.units
+        out = [Finding(status, reason, tuple(units)) for (status, reason), units in grouped.items()]
+        return tuple(sorted(out, key=lambda f: _WORST_FIRST.index(f.status)))
+
+    def repaired(self, formats: Mapping[str, str], index: ModelIndex) -> dict[str, str]:
+        """``formats`` changed as little as possible: refused ones to the nearest allowed, ties to their majority."""
+        out = dict(formats)
+        units = {u.key: u for u in index.units}
+        for unit in index.units:
+            if self.refuses(unit, FORMATS[out[unit.key]], index):
+                out[unit.key] = _nearest(FORMATS[out[unit.key]], self.allowed(unit, index)) or out[unit.key]
+        for tie in self.ties(index):
+            votes = Counter(out[u] for u in tie.units)
+            if len(votes) == 1:
+                continue
+            common = [
+                f for f in votes if all(self.refuses(units[u], FORMATS[f], index) is None for u in tie.units)
+            ]
+            common = common or [
+                f for f in FORMATS if all(f in self.allowed(units[u], index) for u in tie.units)
+            ]
+            if common:
+                # Fewest units change; between equals the one with more bits hurts less.
+                best = max(common, key=lambda f: (votes[f], FORMATS[f].bits))
+                out.update(dict.fromkeys(tie.units, best))
+        return out
+
+    # -- what it gets -------------------------------------------------------------------------------------------
+
+    def notes(self, allocation: Allocation, index: ModelIndex) -> Iterable[str]:
+        """Remarks for people."""
+        return ()
+
+    def engine_bytes(self, allocation: Allocation, index: ModelIndex) -> int:
+        """Bytes of the weights in the engine's container; 0 when they are the allocation's own."""
+        return 0
+
+    @abstractmethod
+    def render(self, allocation: Allocation, index: ModelIndex) -> dict[str, str]:
+        """The files: name -> text. Deterministic."""
+
+    @abstractmethod
+    def command(self, allocation: Allocation, index: ModelIndex) -> str:
+        """The command to run beside the files."""
+
+
+def _nearest(fmt: Format, allowed: Iterable[str]) -> str:
+    """The allowed format that keeps the bits, then the group, then the symmetry; never fewer bits if avoidable."""
+
+    def distance(name: str) -> tuple[int, int, int, int]:
+        other = FORMATS[name]
+        bits = other.bits - fmt.bits
+        group = abs((other.group_size or 1 << 20) - (fmt.group_size or 1 << 20))
+        return (bits < 0, abs(bits), group, other.symmetric != fmt.symmetric)
+
+    return min(allowed, key=distance, default="")

@@ -1,0 +1,207 @@
+"""compressed-tensors (pack-quantized) for vLLM, SGLang and transformers, made by llm-compressor.
+
+What was tried (compressed-tensors 0.20, transformers 5.23) and read in vLLM's source: dense mixes load exactly;
+transformers takes one scheme for all experts of the model and ignores their zero points, vLLM looks at expert 0 of
+each layer only; both without a word when the rest differs.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
+from bitatlas.app.targets.base import REJECTED, WRONG, Finding, Target
+from bitatlas.app.targets.fusion import all_experts, fused_gate_up, fused_qkv, layer_experts
+from bitatlas.app.targets.names import alternatives, experts_path, is_linear, stacked_on_disk
+
+__all__ = ["CompressedTensors", "Vllm"]
+
+_ASYMMETRIC_BITS = (4, 8)
+_SHAPE_BYTES = 16  # the int64 pair weight_shape of every module
+
+
+class CompressedTensors(Target):
+    """Config groups by format, for every reader of the container."""
+
+    NAME = "compressed-tensors"
+    TITLE = "compressed-tensors (vLLM, SGLang and transformers)"
+    SERVES = "vLLM, SGLang and transformers alike"
+    EXPERT_ZEROS = WRONG
+
+    def loads(self, fmt: Format) -> bool:
+        """Symmetric at every width, asymmetric at 4 and 8 bits."""
+        return fmt.kind == "float" or fmt.symmetric or fmt.bits in _ASYMMETRIC_BITS
+
+    def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
+        """Only nn.Linear, whole groups, symmetric experts."""
+        if fmt.kind == "float":
+            return None
+        if unit.role in ("embed", "head"):
+            return Finding(REJECTED, "the embedding and the head stay at 16 bits", (unit.key,))
+        if stacked_on_disk(unit):
+            return Finding(
+                REJECTED, "experts that are fused in the checkpoint cannot be read when packed", (unit.key,)
+            )
+        if not is_linear(unit):
+            return Finding(REJECTED, "only nn.Linear is quantised; this is a Conv1D", (unit.key,))
+        if unit.expert >= 0 and "block_sparse_moe" in unit.key:
+            return Finding(WRONG, "experts called w1, w2, w3 are mistaken for others", (unit.key,))
+        if not self.loads(fmt):
+            return Finding(
+                REJECTED, f"vLLM takes asymmetric weights at 4 and 8 bits only, not {fmt.name}", (unit.key,)
+            )
+        if unit.expert >= 0 and not fmt.symmetric:
+            return Finding(
+                self.EXPERT_ZEROS, "the zero points of experts are not read; symmetric only", (unit.key,)
+            )
+        if fmt.group_size and unit.cols % fmt.group_size:
+            return Finding(
+                REJECTED, f"groups of {fmt.group_size} do not divide {unit.cols} columns", (unit.key,)
+            )
+        return None
+
+    def ties(self, index: ModelIndex) -> tuple[TieGroup, ...]:
+        """q/k/v, gate/up, and all experts of the model."""
+        return (
+            *fused_qkv(index, "vLLM"),
+            *fused_gate_up(index, "vLLM"),
+            *self._expert_ties(index),
+        )
+
+    def _expert_ties(self, index: ModelIndex) -> tuple[TieGroup, ...]:
+        reason = "transformers takes one scheme for all experts of the model"
+        return all_experts(index, reason)
+
+    def tie_status(self, tie: TieGroup, formats: Mapping[str, str]) -> str:
+        """Broken expert ties are not noticed; other ties raise."""
+        return WRONG if "experts" in tie.name else REJECTED
+
+    def engine_bytes(self, allocation: Allocation, index: ModelIndex) -> int:
+        """Packed weights, scales, zero points (packed along the rows) and shapes; the rest as it was."""
+        total = index.kept_bytes
+        for u in index.units:
+            fmt = FORMATS[allocation.formats[u.key]]
+            if fmt.kind == "float":
+                total += u.params * 2
+                continue
+            total += fmt.code_bytes(u.rows, u.cols) + fmt.scale_bytes(u.rows, u.cols) + _SHAPE_BYTES
+            if not fmt.symmetric:
+                total += -(-u.rows * fmt.bits // 32) * 4 * fmt.groups(u.cols)
+        return total
+
+    def notes(self, allocation: Allocation, index: ModelIndex) -> Iterable[str]:
+        """Kernels that other widths need."""
+        odd = sorted({FORMATS[f].bits for f in allocation.formats.values()} - {4, 8, 16})
+        if odd:
+            yield f"{', '.join(map(str, odd))} bits need vLLM's Humming kernels (compute capability 7.5 or newer)"
+
+    def quantization_config(self, allocation: Allocation, index: ModelIndex) -> dict[str, Any]:
+        """What stands in config.json of the finished checkpoint."""
+        groups, ignore = self._groups(allocation, index)
+        return {
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "global_compression_ratio": None, "ignore": ignore, "config_groups": groups, "kv_cache_scheme": None,
+        }  # fmt: skip
+
+    def _groups(self, allocation: Allocation, index: ModelIndex) -> tuple[dict[str, Any], list[str]]:
+        """Config groups with disjoint targets, and everything that is left alone."""
+        by_format: dict[str, list[str]] = defaultdict(list)
+        stacks: dict[tuple[str, str], list[QuantUnit]] = defaultdict(list)
+        ignore = ["lm_head"] if not any(u.role == "head" for u in index.units) else []
+        for u in index.units:
+            fmt = FORMATS[allocation.formats[u.key]]
+            if fmt.kind == "float":
+                ignore.append(u.key)
+            elif path := experts_path(u):
+                stacks[fmt.name, path].append(u)
+            else:
+                by_format[fmt.name].append(u.key)
+        whole: dict[str, set[str]] = defaultdict(set)
+        for name, path in stacks:
+            whole[path].add(name)
+        for (name, path), units in stacks.items():
+            if len(whole[path]) == 1:
+                leaves = sorted({u.key.rpartition(".")[2] for u in units})
+                by_format[name].append(f"re:{alternatives([path])}\\.\\d+\\.{alternatives(leaves)}$")
+            else:
+                by_format[name] += [u.key for u in units]
+        routers = [k.name.removesuffix(".weight") for k in index.kept if len(k.shape) == 2]
+        groups = {
+            f"group_{i}": {"targets": by_format[name], "weights": _scheme(FORMATS[name]),
+                           "input_activations": None, "output_activations": None, "format": "pack-quantized"}
+            for i, name in enumerate(f for f in FORMATS if f in by_format)
+        }  # fmt: skip
+        return groups, ignore + routers
+
+    def render(self, allocation: Allocation, index: ModelIndex) -> dict[str, str]:
+        """llm-compressor's recipe, the config that results, a script and the commands."""
+        groups, ignore = self._groups(allocation, index)
+        recipe = {
+            "quant_stage": {
+                "quant_modifiers": {"QuantizationModifier": {"config_groups": groups, "ignore": ignore}}
+            }
+        }
+        config = {"quantization_config": self.quantization_config(allocation, index)}
+        return {
+            # JSON is YAML.
+            "recipe.yaml": json.dumps(recipe, indent=1) + "\n",
+            "quantization_config.json": json.dumps(config, indent=1) + "\n",
+            "quantize.py": _SCRIPT,
+            "run.sh": "#!/bin/sh\nset -e\n" + self.command(allocation, index) + "\n",
+        }
+
+    def command(self, allocation: Allocation, index: ModelIndex) -> str:
+        """Quantise, then serve."""
+        out = shlex.quote(f"{index.name}-compressed")
+        return f"python quantize.py {shlex.quote(index.path)} {out}\nvllm serve {out}"
+
+
+class Vllm(CompressedTensors):
+    """The same container, read by vLLM only: layers may differ in their experts."""
+
+    NAME = "vllm"
+    TITLE = "vLLM (compressed-tensors)"
+    SERVES = "vLLM"
+    EXPERT_ZEROS = REJECTED
+
+    def _expert_ties(self, index: ModelIndex) -> tuple[TieGroup, ...]:
+        reason = "vLLM reads the scheme of expert 0 and takes it for all experts of the layer"
+        return layer_experts(index, reason)
+
+    def tie_status(self, tie: TieGroup, formats: Mapping[str, str]) -> str:
+        """vLLM compares the projections of expert 0, and nothing else of the experts."""
+        if "experts" not in tie.name:
+            return REJECTED
+        first = [u for u in tie.units if ".experts.0." in u]
+        return REJECTED if len({formats[u] for u in first}) > 1 else WRONG
+
+    def notes(self, allocation: Allocation, index: ModelIndex) -> Iterable[str]:
+        """Also that transformers will not read it right."""
+        yield from super().notes(allocation, index)
+        if len({allocation.formats[u.key] for u in index.units if u.expert >= 0}) > 1:
+            yield "vLLM only: transformers would decode the experts wrong, because layers differ"
+
+
+def _scheme(fmt: Format) -> dict[str, Any]:
+    return {
+        "num_bits": fmt.bits, "type": "int", "symmetric": fmt.symmetric,
+        "strategy": "group" if fmt.group_size else "channel", "group_size": fmt.group_size, "dynamic": False,
+    }  # fmt: skip
+
+
+_SCRIPT = '''"""Quantise with llm-compressor: python quantize.py MODEL OUT"""
+import sys
+
+from llmcompressor import oneshot
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+source, out = sys.argv[1:3]
+model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+oneshot(model=model, recipe="recipe.yaml")
+model.save_pretrained(out, save_compressed=True)
+AutoTokenizer.from_pretrained(source).save_pretrained(out)
+'''

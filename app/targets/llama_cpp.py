@@ -1,0 +1,111 @@
+"""llama.cpp: a ``--tensor-type-file`` for llama-quantize, with the size it will really have.
+
+Rules of llama-quantize (source, 2026-07): one entry per tensor, PATTERN=type, lower case, searched unanchored, first
+match wins, no comments and no spaces; the embedding and the output have options of their own, which beat the file;
+an override equal to the base type was ignored by some versions, so a base type is chosen that no tensor uses. The
+experts of a projection are one 3-D tensor with one type.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterable
+
+from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
+from bitatlas.app.targets.base import REJECTED, Finding, Target
+from bitatlas.app.targets.fusion import expert_stacks
+from bitatlas.app.targets.ggml import ARCHITECTURES, fallback, gguf_name, tensor_bytes, type_of
+
+__all__ = ["LlamaCpp"]
+
+_ALIGNMENT = 32
+# Base file types, best loved first, with the tensor types each may fall on by its own rules.
+_BASES = {"Q4_K_M": "q4_k", "Q5_K_M": "q5_k", "Q6_K": "q6_k", "Q3_K_M": "q3_k", "Q8_0": "q8_0", "Q2_K": "q2_k",
+          "Q5_1": "q5_1", "Q4_1": "q4_1"}  # fmt: skip
+
+
+class LlamaCpp(Target):
+    """llama-quantize with a type for every tensor."""
+
+    NAME = "llama.cpp"
+    TITLE = "llama.cpp (GGUF)"
+    SERVES = "llama.cpp, Ollama, LM Studio and everything else that reads GGUF"
+
+    def loads(self, fmt: Format) -> bool:
+        """Every format has a ggml type of the same bits."""
+        return True
+
+    def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
+        """Only what the GGUF of this architecture has no tensor for."""
+        if index.model_type not in ARCHITECTURES:
+            return Finding(REJECTED, f"llama.cpp does not know {index.model_type}", (unit.key,))
+        if not gguf_name(unit):
+            return Finding(REJECTED, "no GGUF tensor of this kind is known", (unit.key,))
+        return None
+
+    def ties(self, index: ModelIndex) -> tuple[TieGroup, ...]:
+        """The experts of a projection."""
+        return expert_stacks(
+            index, "llama.cpp keeps all experts of a projection in one tensor, which has one type"
+        )
+
+    def types(self, allocation: Allocation, index: ModelIndex) -> dict[str, tuple[str, str, int]]:
+        """GGUF tensor -> (type asked for, type it gets, weights)."""
+        out: dict[str, tuple[str, str, int]] = {}
+        for unit in index.units:
+            name = gguf_name(unit)
+            if name:
+                asked = type_of(FORMATS[allocation.formats[unit.key]])
+                have = out.get(name)
+                weights = unit.params + (have[2] if have else 0)
+                out[name] = (asked, fallback(asked, unit.cols), weights)
+        return out
+
+    def engine_bytes(self, allocation: Allocation, index: ModelIndex) -> int:
+        """Tensor data of the GGUF: types after fallback, kept tensors in float32, each tensor aligned."""
+        sizes = [tensor_bytes(got, n) for _, got, n in self.types(allocation, index).values()]
+        sizes += [math.prod(k.shape) * 4 for k in index.kept]
+        return sum(-(-s // _ALIGNMENT) * _ALIGNMENT for s in sizes)
+
+    def notes(self, allocation: Allocation, index: ModelIndex) -> Iterable[str]:
+        """Types that fall back, the size, and that ggml has its own codes."""
+        types = self.types(allocation, index)
+        fell = Counter(f"{a} -> {g}" for a, g, _ in types.values() if a != g)
+        if fell:
+            what = ", ".join(f"{n} x {k}" for k, n in fell.most_common(4))
+            yield f"{sum(fell.values())} of {len(types)} tensors fall back because their rows are not whole blocks ({what})"
+        size = self.engine_bytes(allocation, index)
+        yield f"{size} bytes of tensor data in GGUF, {allocation.weights_bytes} in the allocation's own formats"
+        yield "ggml rounds in its own way: damage was measured for the formats of the allocation; verify the GGUF"
+        if any(a in ("q2_k", "q3_k") for a, _, _ in types.values()):
+            yield "use an imatrix at 2 and 3 bits"
+
+    def _base(self, types: dict[str, tuple[str, str, int]]) -> str:
+        used = {asked for asked, _, _ in types.values()}
+        return next((base for base, kind in _BASES.items() if kind not in used), "Q4_K_M")
+
+    def render(self, allocation: Allocation, index: ModelIndex) -> dict[str, str]:
+        """The tensor type file and the commands."""
+        lines = []
+        for name, (asked, _, _) in self.types(allocation, index).items():
+            pattern = name.replace(".", r"\.")
+            if name.endswith("attn_kv_b"):  # newer converters split it
+                pattern = pattern.replace("attn_kv_b", "attn_(kv_b|k_b|v_b)")
+            lines.append(f"^{pattern}\\.weight$={asked}")
+        script = "#!/bin/sh\nset -e\n" + self.command(allocation, index) + "\n"
+        return {"tensor-types.txt": "\n".join(lines) + "\n", "run.sh": script}
+
+    def command(self, allocation: Allocation, index: ModelIndex) -> str:
+        """Convert, then quantise."""
+        types = self.types(allocation, index)
+        special = ""
+        for name, option in (("token_embd", "--token-embedding-type"), ("output", "--output-tensor-type")):
+            if name in types:
+                special += f" {option} {types[name][0]}"
+        name = shlex.quote(index.name)
+        return (
+            f"python convert_hf_to_gguf.py {shlex.quote(index.path)} --outtype bf16 --outfile {name}-bf16.gguf\n"
+            f"llama-quantize --tensor-type-file tensor-types.txt{special} {name}-bf16.gguf {name}-mix.gguf {self._base(types)}"
+        )

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from bitatlas.analysis.schema import Allocation, KeptTensor, ModelIndex, QuantUnit, parse_format
+
+HIDDEN, FFN, EXPERT_FFN, KV, VOCAB = 256, 512, 128, 64, 1000
+
+
+def build_index(kind: str = "llama", layers: int = 2, experts: int = 0, tied: bool = False) -> ModelIndex:
+    """An index with the names of a real checkpoint, without one."""
+    units, kept = [], []
+
+    def unit(key: str, role: str, layer: int, rows: int, cols: int, expert: int = -1) -> None:
+        units.append(QuantUnit(key, role, layer, expert, rows, cols, f"{key}.weight"))
+
+    unit("model.embed_tokens", "embed", -1, VOCAB, HIDDEN)
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        for leaf, rows in (("q", HIDDEN), ("k", KV), ("v", KV), ("o", HIDDEN)):
+            unit(f"{at}.self_attn.{leaf}_proj", leaf, layer, rows, HIDDEN)
+        mixtral = kind == "mixtral"
+        for expert in range(experts) if experts else (-1,):
+            inside = "block_sparse_moe" if mixtral else "mlp"
+            path = f"{at}.{inside}.experts.{expert}" if experts else f"{at}.mlp"
+            names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+            wide = EXPERT_FFN if experts else FFN
+            unit(f"{path}.{names[0]}", "gate", layer, wide, HIDDEN, expert)
+            unit(f"{path}.{names[1]}", "up", layer, wide, HIDDEN, expert)
+            unit(f"{path}.{names[2]}", "down", layer, HIDDEN, wide, expert)
+        kept.append(KeptTensor(f"{at}.input_layernorm.weight", (HIDDEN,), "BF16", HIDDEN * 2))
+        if experts:
+            kept.append(KeptTensor(f"{at}.mlp.gate.weight", (experts, HIDDEN), "BF16", experts * HIDDEN * 2))
+    if not tied:
+        unit("lm_head", "head", -1, VOCAB, HIDDEN)
+    return ModelIndex("/models/tiny model", "d" * 40, "tiny model", "X", kind, tuple(units), tuple(kept),
+                      layers, experts, 2 if experts else 0, None, VOCAB)  # fmt: skip
+
+
+def allocation_of(index: ModelIndex, formats: str | Mapping[str, str]) -> Allocation:
+    """An allocation; a single name is for the linears, embedding and head then stay at 16 bits."""
+    if isinstance(formats, str):
+        formats = {u.key: "bf16" if u.role in ("embed", "head") else formats for u in index.units}
+    payload = sum(parse_format(formats[u.key]).payload_bytes(u.rows, u.cols) for u in index.units)
+    return Allocation(
+        index.digest, index.name, dict(formats), payload, index.kept_bytes, payload * 8 / index.params
+    )
+
+
+@pytest.fixture(scope="session")
+def make_index() -> Callable[..., ModelIndex]:
+    return build_index
+
+
+@pytest.fixture(scope="session")
+def allocate() -> Callable[..., Allocation]:
+    return allocation_of
