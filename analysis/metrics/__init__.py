@@ -9,6 +9,9 @@ from typing import Any
 from bitatlas.analysis.metrics.activation_error import ActivationError
 from bitatlas.analysis.metrics.alphaq import AlphaQ
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
+from bitatlas.analysis.metrics.fisher_projection import FisherProjection
+from bitatlas.analysis.metrics.hawq_trace import HawqTrace
+from bitatlas.analysis.metrics.kl_flip import KlFlip
 from bitatlas.analysis.metrics.routing import Routing
 from bitatlas.analysis.metrics.weight_error import WeightError
 from bitatlas.kernels.errors import UserError
@@ -16,6 +19,9 @@ from bitatlas.kernels.errors import UserError
 __all__ = ["METRICS", "Cost", "Metric", "StepResult", "check_settings", "get_metric", "metric_of_value"]
 
 _TABLE: tuple[type[Metric], ...] = (
+    FisherProjection,
+    KlFlip,
+    HawqTrace,
     WeightError,
     ActivationError,
     AlphaQ,

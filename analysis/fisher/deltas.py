@@ -1,0 +1,123 @@
+"""Quantisation errors Q(W) - W of every unit in every format, kept compact so that a probe is a matrix-vector product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["DeltaStack", "DeltaStore", "make_stack"]
+
+# |<g, d>| <= |g| |d| = 2**15 stays inside float16 (65504) whatever the vectors are.
+_G_NORM = 2.0**8
+_D_NORM = 2.0**7
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaStack:
+    """The errors of one unit.
+
+    Attributes:
+        rows: (F, n) float16 or float32; row f is (Q_f(W) - W).flatten() / scale[f].
+        scale: (F,) float64, what a row was divided by; 0 where the format is exact for this unit.
+        norm_sq: (F,) float64, ||Q_f(W) - W||^2.
+    """
+
+    rows: Tensor
+    scale: Tensor
+    norm_sq: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the stack."""
+        return self.rows.numel() * self.rows.element_size()
+
+    def dot(self, grad: Tensor) -> tuple[Tensor, float]:
+        """Inner products with a gradient.
+
+        Args:
+            grad: any shape with n elements, float32.
+
+        Returns:
+            <grad, Q_f(W) - W> for every format, (F,) float64, and ||grad||^2.
+        """
+        flat = grad.reshape(-1).float()
+        norm = float(torch.linalg.vector_norm(flat))
+        if norm == 0.0 or not self.rows.numel():
+            return torch.zeros_like(self.scale), 0.0
+        if self.rows.dtype == torch.float16:
+            factor = _G_NORM / norm
+            out = torch.mv(self.rows, (flat * factor).to(torch.float16)).double().cpu() / factor
+        else:
+            out = torch.mv(self.rows, flat.to(self.rows.dtype)).double().cpu()
+        return out * self.scale, norm * norm
+
+
+def make_stack(weight: Tensor, candidates: Sequence[Tensor], dtype: torch.dtype, device: str) -> DeltaStack:
+    """Stack of candidates - weight.
+
+    Args:
+        weight: (rows, cols) float32, the original.
+        candidates: F tensors of the same shape, what each format turns it into.
+        dtype: float16 (compact; relative error of a product about 2e-4) or float32.
+    """
+    rows = torch.empty((len(candidates), weight.numel()), dtype=dtype, device=device)
+    scale = torch.zeros(len(candidates), dtype=torch.float64)
+    norm_sq = torch.zeros(len(candidates), dtype=torch.float64)
+    for f, candidate in enumerate(candidates):
+        delta = (candidate - weight).reshape(-1)
+        norm = float(torch.linalg.vector_norm(delta.double()))
+        norm_sq[f] = norm * norm
+        scale[f] = norm / _D_NORM
+        rows[f] = delta * (_D_NORM / norm) if norm > 0 else torch.zeros_like(delta)
+    return DeltaStack(rows, scale, norm_sq)
+
+
+class DeltaStore:
+    """Stacks made on first use and kept while they fit; what does not fit is made again each time it is asked for.
+
+    Args:
+        weight: unit key -> (rows, cols) float32 original.
+        candidate: (unit key, format index) -> (rows, cols) float32.
+        n_formats: F.
+        limit_bytes: RAM for kept stacks.
+        dtype: of the stacks.
+        device: where the gradients will be.
+    """
+
+    def __init__(
+        self,
+        weight: Callable[[str], Tensor],
+        candidate: Callable[[str, int], Tensor],
+        n_formats: int,
+        *,
+        limit_bytes: int,
+        dtype: torch.dtype = torch.float16,
+        device: str = "cpu",
+    ) -> None:
+        self._weight, self._candidate = weight, candidate
+        self.n_formats = n_formats
+        self._limit, self._dtype, self._device = limit_bytes, dtype, device
+        self._kept: dict[str, DeltaStack] = {}
+        self._norms: dict[str, Tensor] = {}
+        self.kept_bytes = 0
+
+    def get(self, key: str) -> DeltaStack:
+        """The stack of one unit."""
+        if key in self._kept:
+            return self._kept[key]
+        candidates = [self._candidate(key, f) for f in range(self.n_formats)]
+        stack = make_stack(self._weight(key), candidates, self._dtype, self._device)
+        self._norms[key] = stack.norm_sq
+        if self.kept_bytes + stack.nbytes <= self._limit:
+            self._kept[key] = stack
+            self.kept_bytes += stack.nbytes
+        return stack
+
+    def norm_sq(self, key: str) -> Tensor:
+        """(F,) float64 squared norms of the errors of one unit."""
+        if key not in self._norms:
+            self.get(key)
+        return self._norms[key]

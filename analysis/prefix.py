@@ -1,0 +1,125 @@
+"""Prefix reuse: after a change in block l only the blocks from l on are computed again, exactly.
+
+The whole model is called, so masks, position embeddings and the head are the model's own; the blocks before l hand
+on what they had returned in the recorded run of the original model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitatlas.analysis.loaded import LoadedModel
+
+__all__ = ["PrefixRunner", "Recording", "decoder_blocks"]
+
+
+def decoder_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList | None:
+    """The list of decoder blocks: the outermost `ModuleList` with ``n_layers`` members that hold weights."""
+    for module in model.modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == n_layers
+            and all(any(True for _ in child.parameters()) for child in module)
+        ):
+            return module
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One run of the original model.
+
+    Attributes:
+        ids: (B, T) int64.
+        outputs: what every block returned.
+        logits: (B, T, V).
+    """
+
+    ids: Tensor
+    outputs: tuple[Any, ...]
+    logits: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the kept tensors."""
+        return _nbytes(self.logits) + sum(_nbytes(o) for o in self.outputs)
+
+
+class PrefixRunner:
+    """Runs a model from any block on.
+
+    Args:
+        loaded: the model, original weights in place while recording.
+        n_layers: blocks according to the index.
+    """
+
+    def __init__(self, loaded: LoadedModel, n_layers: int) -> None:
+        self._loaded = loaded
+        blocks = decoder_blocks(loaded.model, n_layers)
+        self._blocks = list(blocks) if blocks is not None else []
+        self.exact: bool | None = None if self._blocks else False
+
+    @torch.no_grad()
+    def record(self, ids: Tensor) -> Recording:
+        """A whole run of (B, T) ids; the first one also tries out that resuming changes nothing."""
+        outputs: list[Any] = [None] * len(self._blocks)
+
+        def keep(i: int) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                outputs[i] = output
+
+            return hook
+
+        handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(self._blocks)]
+        try:
+            logits = self._loaded.logits(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        recording = Recording(ids, tuple(outputs), logits)
+        if self.exact is None:
+            # Models whose blocks share state (KV of an earlier block) fail this and are run whole.
+            self.exact = all(
+                torch.allclose(self._resume(recording, layer), logits, rtol=1e-5, atol=1e-5)
+                for layer in {1, len(self._blocks) // 2, len(self._blocks)}
+            )
+        return recording
+
+    @torch.no_grad()
+    def resume(self, recording: Recording, layer: int) -> Tensor:
+        """(B, T, V) logits with the weights as they are now, blocks before ``layer`` as recorded.
+
+        ``layer`` = number of blocks recomputes only what follows the last block; 0 or less runs the whole.
+        """
+        if not self.exact or layer <= 0:
+            return self._loaded.logits(recording.ids)
+        return self._resume(recording, layer)
+
+    def _resume(self, recording: Recording, layer: int) -> Tensor:
+        with _replaced(self._blocks[:layer], recording.outputs[:layer]):
+            return self._loaded.logits(recording.ids)
+
+
+@contextmanager
+def _replaced(blocks: list[nn.Module], outputs: tuple[Any, ...]) -> Iterator[None]:
+    """These blocks return what they are given here instead of computing."""
+    try:
+        for block, output in zip(blocks, outputs):
+            # An instance attribute shadows the class's forward; hooks of the block still run.
+            block.__dict__["forward"] = lambda *args, _output=output, **kwargs: _output
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_nbytes(v) for v in value) if isinstance(value, (tuple, list)) else 0

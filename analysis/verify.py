@@ -1,0 +1,208 @@
+"""Verification: an allocation run for real on held-out text, against the original model.
+
+Step by step (a step = a few sequences), so that a job can stop and go on. In a step the original logits of a batch
+are computed once and every allocation is compared with them; nothing of vocabulary size outlives a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitatlas.analysis.divergence import token_kl, token_nll, top1_changed
+from bitatlas.analysis.loaded import LoadedModel
+from bitatlas.analysis.schema import ModelIndex, UserError, parse_format
+from bitatlas.kernels.reference import quantize_dequantize
+
+__all__ = ["Verifier", "VerifyResult", "verify_allocation", "verify_many"]
+
+_MIN_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What an allocation does to the model. KL(original || quantised) in nats per token.
+
+    Attributes:
+        kl_mean, kl_stderr: mean over tokens; standard error over sequences (NaN for one sequence).
+        kl_p50, kl_p99: quantiles over tokens.
+        top1_flips: share of positions whose most likely token changed.
+        ppl_before, ppl_after: perplexity on the text's own next tokens.
+        noise_floor: mean KL of the original model against itself, the same sequence in a batch and alone:
+            what the arithmetic's order of summation alone does.
+        tokens, sequences: how much text.
+        kl_sequences: (S,) mean KL of every sequence, in order.
+    """
+
+    kl_mean: float
+    kl_stderr: float
+    kl_p50: float
+    kl_p99: float
+    top1_flips: float
+    ppl_before: float
+    ppl_after: float
+    noise_floor: float
+    tokens: int
+    sequences: int
+    kl_sequences: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**asdict(self), "kl_sequences": list(self.kl_sequences)}
+
+
+class Verifier:
+    """Compares allocations with the original model on the same text.
+
+    Args:
+        loaded: the model with its original weights; they are in place again after every step.
+        index: its units.
+        tokens: (S, T) int64.
+        allocations: label -> (unit key -> format name), every unit present.
+        batch_tokens: tokens of one forward pass.
+        step_tokens: tokens of one step.
+        weights_gib: RAM for quantised weights kept between steps; beyond it they are quantised again.
+
+    Raises:
+        UserError: an allocation does not name exactly the units of the index, or there is no text.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        index: ModelIndex,
+        tokens: np.ndarray,
+        allocations: Mapping[str, Mapping[str, str]],
+        *,
+        batch_tokens: int = 1024,
+        step_tokens: int = 2048,
+        weights_gib: float = 4.0,
+    ) -> None:
+        if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < _MIN_TOKENS:
+            raise UserError("there is no text to verify on", found=f"tokens of shape {tokens.shape}")
+        keys = set(index.unit_keys())
+        for label, formats in allocations.items():
+            wrong = keys.symmetric_difference(formats)
+            if wrong:
+                raise UserError(f"the allocation {label!r} is for another model",
+                                found=f"{len(wrong)} units differ, such as {min(wrong)}")  # fmt: skip
+        self._loaded, self._index = loaded, index
+        self._tokens = np.ascontiguousarray(tokens, np.int64)
+        self.allocations = {k: dict(v) for k, v in allocations.items()}
+        self._batch = max(1, batch_tokens // tokens.shape[1])
+        self._per_step = max(self._batch, step_tokens // tokens.shape[1])
+        self._limit = int(weights_gib * 2**30)
+        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._kept_bytes = 0
+
+    def steps(self) -> list[str]:
+        """Step keys."""
+        n = len(self._tokens)
+        return [f"sequences {i}-{min(i + self._per_step, n) - 1}" for i in range(0, n, self._per_step)]
+
+    @torch.no_grad()
+    def run(self, step: str) -> dict[str, np.ndarray]:
+        """One step.
+
+        Returns:
+            kl (A, B, T) float32, changed (A, B, T) bool, nll (1 + A, B, T - 1) float32 with the original
+            first, noise (1,) float64.
+        """
+        first, last = (int(n) for n in step.split()[1].split("-"))
+        batches = [
+            torch.from_numpy(self._tokens[i : min(i + self._batch, last + 1)])
+            for i in range(first, last + 1, self._batch)
+        ]
+        kl: list[list[np.ndarray]] = []
+        changed: list[list[np.ndarray]] = []
+        nll: list[list[np.ndarray]] = []
+        noise = float("nan")
+        for i, ids in enumerate(batches):
+            original = self._loaded.logits(ids)
+            if i == 0:
+                noise = self._noise(ids, original)
+            kl.append([])
+            changed.append([])
+            nll.append([token_nll(original, ids).float().numpy()])
+            for formats in self.allocations.values():
+                with self._loaded.swapped(self._weights(formats)):
+                    logits = self._loaded.logits(ids)
+                kl[-1].append(token_kl(original, logits).float().numpy())
+                changed[-1].append(top1_changed(original, logits).numpy())
+                nll[-1].append(token_nll(logits, ids).float().numpy())
+        return {
+            "kl": np.concatenate([np.stack(x) for x in kl], 1),
+            "changed": np.concatenate([np.stack(x) for x in changed], 1),
+            "nll": np.concatenate([np.stack(x) for x in nll], 1),
+            "noise": np.array([noise]),
+        }
+
+    def results(self, parts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, VerifyResult]:
+        """Label -> result, from the arrays of all steps (step key -> arrays)."""
+        steps = [parts[key] for key in self.steps()]
+        kl = np.concatenate([p["kl"] for p in steps], 1).astype(np.float64)  # (A, S, T)
+        changed = np.concatenate([p["changed"] for p in steps], 1)
+        nll = np.concatenate([p["nll"] for p in steps], 1).astype(np.float64)
+        noise = float(np.mean([p["noise"][0] for p in steps]))
+        out: dict[str, VerifyResult] = {}
+        for i, label in enumerate(self.allocations):
+            each = kl[i].mean(1)  # (S,)
+            n = len(each)
+            p50, p99 = np.quantile(kl[i], [0.5, 0.99])
+            out[label] = VerifyResult(
+                kl_mean=float(kl[i].mean()),
+                kl_stderr=float(each.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"),
+                kl_p50=float(p50),
+                kl_p99=float(p99),
+                top1_flips=float(changed[i].mean()),
+                ppl_before=float(np.exp(nll[0].mean())),
+                ppl_after=float(np.exp(nll[i + 1].mean())),
+                noise_floor=noise,
+                tokens=int(kl[i].size),
+                sequences=n,
+                kl_sequences=tuple(float(x) for x in each),
+            )
+        return out
+
+    def _noise(self, ids: Tensor, batched: Tensor) -> float:
+        """Mean KL of the first sequence in its batch against the same sequence in another batch layout."""
+        alone = ids[:1] if len(ids) > 1 else ids.expand(2, -1)
+        return float(token_kl(batched[:1], self._loaded.logits(alone)[:1]).mean())
+
+    def _weights(self, formats: Mapping[str, str]) -> dict[str, Tensor]:
+        """Quantised weights of an allocation; only the units that change."""
+        out = {}
+        for key, name in formats.items():
+            found = self._kept.get((key, name))
+            if found is None:
+                found = quantize_dequantize(self._loaded.handle(key).get(), parse_format(name))
+                size = found.numel() * found.element_size()
+                if self._kept_bytes + size <= self._limit:
+                    self._kept[key, name] = found
+                    self._kept_bytes += size
+            out[key] = found
+        return out
+
+
+def verify_many(
+    loaded: LoadedModel,
+    index: ModelIndex,
+    allocations: Mapping[str, Mapping[str, str]],
+    tokens: np.ndarray,
+    **options: Any,
+) -> dict[str, VerifyResult]:
+    """All steps of a `Verifier` in this process: label -> result; ``options`` as there."""
+    verifier = Verifier(loaded, index, tokens, allocations, **options)
+    return verifier.results({step: verifier.run(step) for step in verifier.steps()})
+
+
+def verify_allocation(
+    loaded: LoadedModel, index: ModelIndex, formats: Mapping[str, str], tokens: np.ndarray, **options: Any
+) -> VerifyResult:
+    """`verify_many` for one allocation."""
+    return verify_many(loaded, index, {"allocation": formats}, tokens, **options)["allocation"]
