@@ -84,9 +84,9 @@ class ProbeMatrix:
         """(U, F) additive damage of every unit and format, nats per token; 0 where no token reached the unit."""
         return (self.a.astype(np.float64) ** 2).sum(0) / (2 * self.tokens.sum())
 
-    def interaction_factor(self) -> np.ndarray:
-        """A of shape (S, U, F), float32, scaled so that the quadratic form of an allocation is sum_s (sum_u A[s, u, c_u])^2."""
-        return self.a * np.float32(1 / np.sqrt(2 * self.tokens.sum()))
+    def interaction_factor(self) -> tuple[np.ndarray, float]:
+        """A (S, U, F) float32 and a scale: scale x mean_s (sum_u A[s, u, c_u])^2 is the quadratic form."""
+        return self.a, float(len(self.a) / (2 * self.tokens.sum()))
 
     def forms(self, choices: np.ndarray, damage: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Additive and quadratic form of many allocations.

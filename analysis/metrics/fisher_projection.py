@@ -48,6 +48,7 @@ class FisherProjection(Metric):
         self._pass: tuple[MeasureContext, ProbePass] | None = None
 
     def plan(self, ctx: MeasureContext) -> list[str]:
+        """Chunks of sequences, ``sequences 0-3``."""
         if not ctx.formats:
             raise UserError("the Fisher projection needs formats", fix="--formats int{2,3,4,5,6,8}-g64")
         sequences, length = _shape(ctx)
@@ -58,6 +59,7 @@ class FisherProjection(Metric):
         ]
 
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
+        """The probes of a chunk of sequences, as arrays."""
         import torch
 
         first, last = (int(n) for n in key.split()[1].split("-"))
@@ -87,6 +89,7 @@ class FisherProjection(Metric):
         )
 
     def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
+        """The three tables from all probes."""
         probes = ProbeMatrix.from_parts(parts)
         units = ctx.index.units
         params = np.array([u.params for u in units], np.float64)
@@ -119,6 +122,7 @@ class FisherProjection(Metric):
         return rows
 
     def cost(self, ctx: MeasureContext) -> Cost:
+        """One forward per sequence, one backward per draw, one rounding of every weight to every format."""
         sequences, length = _shape(ctx)
         tokens, draws = sequences * length, int(self.option(ctx, "draws"))
         formats, params = len(ctx.formats), ctx.index.params
@@ -127,7 +131,8 @@ class FisherProjection(Metric):
             bytes_read=2 * 2 * params,  # once into the model, once for the errors
             forward_tokens=tokens,
             backward_tokens=tokens * draws,
-            flops=20.0 * formats * params + 2.0 * formats * params * sequences * draws,
+            flops=2.0 * formats * params * sequences * draws,
+            quantised=formats * params,
         )
 
     def _probe_pass(self, ctx: MeasureContext) -> ProbePass:

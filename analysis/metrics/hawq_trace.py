@@ -55,11 +55,13 @@ class HawqTrace(Metric):
     }  # fmt: skip
 
     def plan(self, ctx: MeasureContext) -> list[str]:
+        """One step per probe group."""
         if not ctx.formats:
             raise UserError("HAWQ-V2 needs formats", fix="--formats int{2,3,4}-g64")
         return list(self._groups(ctx))
 
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
+        """Traces and damages of one group, as rows."""
         units = self._groups(ctx)[key]
         mean, error, count, known = self._traces(ctx, units, key)
         rows = []
@@ -80,6 +82,7 @@ class HawqTrace(Metric):
         return StepResult(rows)
 
     def cost(self, ctx: MeasureContext) -> Cost:
+        """Expected at half way between the bounds on the probes."""
         groups = self._groups(ctx)
         layers = max(ctx.index.n_layers, 1)
         share = sum(
@@ -92,7 +95,7 @@ class HawqTrace(Metric):
             bytes_read=2 * 2 * ctx.index.params,
             forward_tokens=tokens * len(groups),
             backward_tokens=int(tokens * share * (1 + 1.5 * probes)),
-            flops=20.0 * len(ctx.formats) * ctx.index.params,
+            quantised=len(ctx.formats) * ctx.index.params,
         )
 
     def _groups(self, ctx: MeasureContext) -> dict[str, tuple[QuantUnit, ...]]:

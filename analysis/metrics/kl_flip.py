@@ -46,6 +46,7 @@ class KlFlip(Metric):
         self._state: tuple[MeasureContext, _Originals] | None = None
 
     def plan(self, ctx: MeasureContext) -> list[str]:
+        """Chunks of flips of one layer, ``layer 3 flips 0-7``."""
         if not ctx.formats:
             raise UserError("measured flips need formats", fix="--formats int{2,3,4}-g64")
         per_step = max(1, _STEP_TOKENS // self._tokens(ctx))
@@ -56,6 +57,7 @@ class KlFlip(Metric):
         return out
 
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
+        """Flips of one layer, as rows."""
         from bitatlas.analysis.divergence import token_kl
 
         words = key.split()
@@ -80,6 +82,7 @@ class KlFlip(Metric):
         return StepResult(rows)
 
     def cost(self, ctx: MeasureContext) -> Cost:
+        """A flip in layer l counts for the share of the blocks from l on."""
         pairs = self._pairs(ctx)
         layers = max(ctx.index.n_layers, 1)
         whole = sum(len(p) * (1.0 if layer < 0 else (layers - layer) / layers) for layer, p in pairs.items())
@@ -87,7 +90,7 @@ class KlFlip(Metric):
             steps=len(self.plan(ctx)),
             bytes_read=2 * ctx.index.params,
             forward_tokens=int(self._tokens(ctx) * (1 + whole)),
-            flops=20.0 * sum(u.params for p in pairs.values() for u, _ in p),
+            quantised=sum(u.params for p in pairs.values() for u, _ in p),
         )
 
     def _pairs(self, ctx: MeasureContext) -> dict[int, list[tuple[QuantUnit, int]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conformance_metric import Case, MetricConformance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitatlas.analysis.calibration import CalibrationSet
@@ -98,3 +99,11 @@ def test_an_expert_without_tokens_is_unknown(folder, tmp_path):
 def test_an_unknown_group_is_refused(folder):
     with pytest.raises(UserError, match="probe group"):
         HawqTrace().plan(context(folder, probe_group="all"))
+
+
+class TestConformance(MetricConformance):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def case(cls, context):
+        settings = {"max_probes": 9, "trace_tokens": 40}
+        return Case(HawqTrace, lambda seed: context("qwen3_moe", seed=seed, settings=settings))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conformance_metric import Case, MetricConformance
 
 from bitatlas.analysis.calibration import CalibrationSet
 from bitatlas.analysis.measure import MeasureContext, run_metric
@@ -88,3 +89,10 @@ def test_blocks_are_the_decoder_list_not_the_experts():
     model = torch.nn.ModuleDict({"layers": blocks})
     assert decoder_blocks(model, 2) is blocks
     assert decoder_blocks(model, 3) is None
+
+
+class TestConformance(MetricConformance):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def case(cls, context):
+        return Case(KlFlip, lambda seed: context("gpt2", "int2-g32,bf16", seed=seed))
