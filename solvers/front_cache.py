@@ -52,39 +52,34 @@ class FrontCache:
     def of(cls, problem: Problem) -> FrontCache:
         """Hulls of all classes and one sort. O(C F^2 + M log M)."""
         c = problem.classes
-        size = np.where(c.allowed, c.bytes, np.iinfo(np.int64).max)
-        order = np.lexsort((c.damage, size), axis=1)  # cheapest first; among equals the least damage
-        w = np.take_along_axis(size, order, 1).astype(np.float64)
+        order = _by_bytes(c)  # cheapest first; among equals the least damage
+        w = np.take_along_axis(np.where(c.allowed, c.bytes, np.iinfo(np.int64).max), order, 1).astype(
+            np.float64
+        )
         d = np.take_along_axis(c.damage, order, 1)
         n, k = w.shape
-        hull = np.empty((n, k), np.int64)
-        hull[:, 0] = order[:, 0]
-        at = np.zeros(n, np.int64)
-        rows = np.arange(n)
-        live = rows
-        last = np.full(n, np.inf)
+        hull = np.repeat(order[:, :1], k, axis=1)
+        at, live, last = np.zeros(n, np.int64), np.arange(n), np.full(n, np.inf)
         steps: list[tuple[np.ndarray, ...]] = []
         for level in range(1, k):
-            hull[:, level] = hull[:, level - 1]
             here = at[live]
             here_w, here_d = w[live, here][:, None], d[live, here][:, None]
-            ahead = (w[live] > here_w) & (d[live] < here_d)
+            run, drop = w[live] - here_w, here_d - d[live]
             with np.errstate(invalid="ignore", divide="ignore"):
-                slope = np.where(ahead, (here_d - d[live]) / (w[live] - here_w), -1.0)
+                slope = np.where((run > 0) & (drop > 0), drop / run, -1.0)
             # The farthest of equal slopes, so that every hull step is strict.
             best = k - 1 - np.argmax(slope[:, ::-1], axis=1)
             top = slope[np.arange(len(live)), best]
             moved = top > 0
             live, best = live[moved], best[moved]
             if not live.size:
-                hull[:, level:] = hull[:, [level]]
                 break
             # Rounding may lift a slope above its predecessor; the order within a class must hold.
             last[live] = np.minimum(last[live], top[moved])
             before, after = hull[live, level], order[live, best]
             steps.append((live, last[live], c.bytes[live, after] - c.bytes[live, before],
                           c.damage[live, before] - c.damage[live, after]))  # fmt: skip
-            hull[live, level] = after
+            hull[live, level:] = after[:, None]
             at[live] = best
         owner, slopes, extra, saved = (
             (np.concatenate(parts) for parts in zip(*steps)) if steps else (np.zeros(0, int),) * 4
@@ -126,6 +121,14 @@ class FrontCache:
             bound,
             slope,
         )
+
+
+def _by_bytes(c: Classes) -> np.ndarray:
+    """(C, F) columns of each class by bytes, then damage; forbidden ones last."""
+    if c.allowed.all() and (np.diff(c.bytes, axis=1) > 0).all():
+        return np.broadcast_to(np.arange(c.bytes.shape[1]), c.bytes.shape)
+    size = np.where(c.allowed, c.bytes, np.iinfo(np.int64).max)
+    return np.lexsort((c.damage, size), axis=1)
 
 
 def fill(classes: Classes, choice: np.ndarray, limit_bytes: int) -> np.ndarray:

@@ -5,8 +5,9 @@ With mu the slope of the hull step that breaks the budget, option j of class i h
 ``bound + sum r + mu * slack``. So only options with r <= (best known - bound) can matter: the core. States are
 (byte shift against the relaxation's choice, sum of r), pruned by the best known value and by dominance.
 
-Classes whose one remaining move shifts the same number of bytes (identical experts) are one stage: of k
-such moves, the k cheapest are always right, so the stage has k + 1 outcomes instead of 2**k.
+Moves that shift the same number of bytes (identical experts) are one stage: of k such moves the k cheapest are
+right, so the stage has k + 1 outcomes instead of 2**k. That forgets that a class makes one move only; should
+the optimum move a class twice, the search runs again with one stage per class.
 """
 
 from __future__ import annotations
@@ -48,28 +49,44 @@ class Mckp(Solver):
         mu = float(cache.step_slope[k])
         start = fill(c, base, limit)
         core = _Core(c.damage, c.bytes, c.allowed, base, mu)
+        best, states, status = start, 1, OPTIMAL
         gap = core.value(start, slack)
         # Differences below the rounding of the objective itself are none.
         noise = 1e-15 * float(np.abs(c.damage[np.arange(len(start)), start]).sum()) / core.unit
-        solved = core.search(slack, gap, noise, deadline)
-        choice = start if solved.moves is None else solved.moves
-        return Found(c.expand(choice), solved.status, solved.states)
+        # A guess below the known gap makes a far smaller core; an answer within the guess is the optimum.
+        for guess in (gap / 64, gap / 8, gap):
+            if gap <= noise:
+                break
+            for one_move in (False, True):
+                found = core.search(slack, guess, noise, deadline, one_move)
+                states += found.states
+                if not found.conflict:
+                    break
+            status = found.status
+            if found.choice is not None and core.value(found.choice, slack) < core.value(best, slack):
+                best = found.choice
+            if status == TIME_LIMIT or found.choice is not None:
+                break
+        return Found(c.expand(best), status, states)
 
 
 class _Stage(NamedTuple):
-    """One decision of the DP: outcome o shifts the bytes by shift[o] at reduced cost cost[o]."""
+    """One decision of the DP: outcome o shifts the bytes by shift[o] at reduced cost cost[o]; outcome 0 is none."""
 
-    shift: np.ndarray  # (O,) int64, outcome 0 is "nothing moves"
+    shift: np.ndarray  # (O,) int64
     cost: np.ndarray  # (O,) float64
-    classes: np.ndarray  # grouped: (O - 1,) the classes that move, cheapest first; single: (1,)
-    options: np.ndarray  # grouped: (O - 1,) the option of each; single: (O - 1,) option of each outcome
-    grouped: bool
+    classes: (
+        np.ndarray
+    )  # (O - 1,) cumulative: the classes that move, cheapest first; else one class, repeated
+    options: np.ndarray  # (O - 1,) the option of each move
+    cumulative: bool  # outcome o makes the first o moves, not the o-th
 
 
 class _Searched(NamedTuple):
-    moves: np.ndarray | None
+    choice: np.ndarray | None  # (C,), None: nothing within the guess
     status: str
     states: int
+    conflict: bool = False  # the answer moves a class twice, so it is none
 
 
 class _Core:
@@ -94,49 +111,42 @@ class _Core:
         used = int(self.shift[rows, choice].sum())
         return float(self.reduced[rows, choice].sum()) + self.mu * (slack - used)
 
-    def stages(self, gap: float) -> list[_Stage]:
-        """Moves with a reduced cost within ``gap``, undominated, grouped, cheapest first."""
+    def stages(self, gap: float, one_move: bool) -> list[_Stage]:
+        """Moves with a reduced cost within ``gap``, undominated within their class, cheapest stage first.
+
+        Equal shifts share a stage; with ``one_move`` only those of classes that have no other move.
+        """
         reach = (self.reduced <= gap) & (self.shift != 0)
         live = np.flatnonzero(reach.any(axis=1))
         r, s, ok = self.reduced[live], self.shift[live], reach[live]
-        true_cost = r - self.mu * s
+        truth = r - self.mu * s
         k = r.shape[1]
         for j in range(k):
             for other in range(k):
                 if other == j:
                     continue
-                worse = (
-                    ok[:, j]
-                    & ok[:, other]
-                    & (s[:, other] <= s[:, j])
-                    & (true_cost[:, other] <= true_cost[:, j])
-                )
-                same = (s[:, other] == s[:, j]) & (true_cost[:, other] == true_cost[:, j])
+                worse = ok[:, j] & ok[:, other] & (s[:, other] <= s[:, j]) & (truth[:, other] <= truth[:, j])
+                same = (s[:, other] == s[:, j]) & (truth[:, other] == truth[:, j])
                 ok[:, j] &= ~(worse & (~same | (other < j)))
-        count = ok.sum(axis=1)
+        several = ok.sum(axis=1) > 1
         out: list[_Stage] = []
-        one = np.flatnonzero(count == 1)
-        option = ok[one].argmax(axis=1)
-        shift, cost = s[one, option], r[one, option]
+        row, option = np.nonzero(ok & ~several[:, None] if one_move else ok)
+        shift, cost = s[row, option], r[row, option]
         order = np.lexsort((cost, shift))
-        cuts = np.flatnonzero(np.diff(shift[order])) + 1
-        for group in np.split(order, cuts) if len(order) else []:
+        for group in np.split(order, np.flatnonzero(np.diff(shift[order])) + 1) if len(order) else []:
             total = np.concatenate([[0.0], np.cumsum(cost[group])])
-            total = total[total <= gap]
-            n = len(total)
-            out.append(_Stage(shift[group[0]] * np.arange(n), total, live[one[group[: n - 1]]],
+            n = max(int(np.searchsorted(total, gap, side="right")), 2)
+            out.append(_Stage(shift[group[0]] * np.arange(n), total[:n], live[row[group[: n - 1]]],
                               option[group[: n - 1]], True))  # fmt: skip
-        for i in np.flatnonzero(count > 1):
-            options = np.flatnonzero(ok[i])
-            out.append(_Stage(np.concatenate([[0], s[i, options]]), np.concatenate([[0.0], r[i, options]]),
-                              live[[i]], options, False))  # fmt: skip
+        for i in np.flatnonzero(several) if one_move else []:
+            moves = np.flatnonzero(ok[i])
+            out.append(_Stage(np.concatenate([[0], s[i, moves]]), np.concatenate([[0.0], r[i, moves]]),
+                              np.full(len(moves), live[i]), moves, False))  # fmt: skip
         return sorted(out, key=_cheapest)
 
-    def search(self, slack: int, gap: float, noise: float, deadline: float) -> _Searched:
-        """Best allocation closer to the bound than ``gap`` by more than ``noise``; moves None if there is none."""
-        if gap <= noise:
-            return _Searched(None, OPTIMAL, 1)
-        todo = self.stages(gap)
+    def search(self, slack: int, gap: float, noise: float, deadline: float, one_move: bool) -> _Searched:
+        """Best allocation closer to the bound than ``gap`` by more than ``noise``."""
+        todo = self.stages(gap, one_move)
         below = sum(_down(stage) for stage in todo)  # bytes that the stages to come can still give back
         shift, cost = np.zeros(1, np.int64), np.zeros(1)
         trail: list[tuple[_Stage, np.ndarray, np.ndarray]] = []
@@ -153,7 +163,7 @@ class _Core:
                 break
             below -= _down(stage)
             room = max(_PRODUCT // int(keep.sum()), 2)
-            if stage.grouped and len(stage.shift) > room:
+            if stage.cumulative and len(stage.shift) > room:
                 stage, rest = _cut(stage, room)
                 below += _down(rest)
                 insort(todo, rest, key=_cheapest)
@@ -180,23 +190,23 @@ class _Core:
                     best, best_at = float(final[at]), (len(trail) - 1, at)
             else:
                 break
-        return _Searched(self._trace(trail, *best_at), status, made)
+        choice, conflict = self._trace(trail, *best_at)
+        return _Searched(None if conflict else choice, status, made, conflict)
 
     def _trace(
         self, trail: list[tuple[_Stage, np.ndarray, np.ndarray]], last: int, state: int
-    ) -> np.ndarray | None:
-        """(C,) the choice that led to ``state`` after stage ``last``."""
+    ) -> tuple[np.ndarray | None, bool]:
+        """(C,) the choice that led to ``state`` after stage ``last``, and whether a class moved twice."""
         if last < 0:
-            return None
-        choice = self.base.copy()
+            return None, False
+        choice, times = self.base.copy(), np.zeros(len(self.base), np.int64)
         for stage, origin, outcome in reversed(trail[: last + 1]):
             o = int(outcome[state])
-            if stage.grouped:
-                choice[stage.classes[:o]] = stage.options[:o]
-            elif o:
-                choice[stage.classes[0]] = stage.options[o - 1]
+            made = slice(0, o) if stage.cumulative else slice(max(o - 1, 0), o)
+            choice[stage.classes[made]] = stage.options[made]
+            np.add.at(times, stage.classes[made], 1)
             state = int(origin[state])
-        return choice
+        return choice, bool((times > 1).any())
 
 
 def _cheapest(stage: _Stage) -> float:

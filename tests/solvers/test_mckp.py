@@ -81,3 +81,24 @@ def test_large_stages_are_cut(monkeypatch):
         assert Mckp().solve(problem).certificate.objective == pytest.approx(
             brute_force(problem), abs=1e-9 * scale
         )
+
+
+def test_an_answer_that_moves_a_class_twice_is_searched_again(monkeypatch):
+    from bitatlas.solvers import mckp
+
+    conflicts = []
+    search = mckp._Core.search
+
+    def spy(*args):
+        found = search(*args)
+        conflicts.append(found.conflict)
+        return found
+
+    monkeypatch.setattr(mckp._Core, "search", spy)
+    for seed in range(200):
+        problem = random_problem(seed)
+        scale = float(np.abs(problem.damage[problem.allowed]).sum())
+        assert Mckp().solve(problem).certificate.objective == pytest.approx(
+            brute_force(problem), abs=1e-9 * scale
+        )
+    assert any(conflicts)
