@@ -7,4 +7,6 @@ from __future__ import annotations
 
 __all__ = ["WORKS"]
 
-WORKS: dict[str, str] = {}
+WORKS: dict[str, str] = {
+    "pack": "bitatlas.app.work.pack:PackWork",
+}
