@@ -10,14 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = [
-    "farms_eigenvalues",
-    "farms_takes_all",
-    "gram_eigenvalues",
-    "hill_alpha",
-    "spectral_entropy",
-    "stable_rank",
-]
+__all__ = ["farms_eigenvalues", "gram_eigenvalues", "hill_alpha", "spectral_entropy", "stable_rank"]
 
 
 def gram_eigenvalues(weight: Tensor) -> Tensor:
@@ -43,11 +36,6 @@ def farms_eigenvalues(
     tiles = weight[: down * size, : across * size].reshape(down, size, across, size)
     chosen = tiles[pick // across, :, pick % across]  # (blocks, size, size)
     return gram_eigenvalues(chosen).flatten().sort().values
-
-
-def farms_takes_all(weight: Tensor, blocks: int = 256, size: int = 128) -> bool:
-    """Whether every tile is used, so that another seed changes nothing."""
-    return (weight.shape[0] // size) * (weight.shape[1] // size) <= blocks
 
 
 def hill_alpha(eigenvalues: Tensor, share: float = 0.1, least: int = 10) -> float:

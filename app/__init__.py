@@ -1,0 +1,1 @@
+"""Tasks, command line, worker, pages, exporters. Nobody imports this folder."""

@@ -126,7 +126,7 @@ class ActivationError(Metric):
         return rows
 
     def cost(self, ctx: MeasureContext) -> Cost:
-        """A forward to each group's end, H once per distinct input, dW H once per unit and format."""
+        """A forward per layer group, H once per distinct input, dW H once per unit and format, two roundings."""
         n, groups, units = ctx.calibration_tokens, len(self.plan(ctx)), ctx.index.units
         inputs = {(u.layer, u.expert, _input_of(u)): u for u in units if u.role != "embed"}
         share = ctx.index.top_k / ctx.index.n_experts if ctx.index.n_experts else 1.0
@@ -137,7 +137,7 @@ class ActivationError(Metric):
             bytes_read=2 * checkpoint_bytes(ctx.index),
             forward_tokens=n * (groups + 1) // 2,
             flops=gram + product,
-            quantised=ctx.index.params * (len(ctx.formats) + 1),
+            quantised=2 * ctx.index.params * len(ctx.formats),
         )
 
 

@@ -12,7 +12,6 @@ from bitatlas.analysis.metrics.weight_error import squared_error
 from bitatlas.analysis.schema import NO_FORMAT, DamageRow
 from bitatlas.analysis.spectra import (
     farms_eigenvalues,
-    farms_takes_all,
     gram_eigenvalues,
     hill_alpha,
     spectral_entropy,
@@ -71,9 +70,9 @@ class AlphaQ(Metric):
             weight = ctx.weight(unit)  # (rows, cols)
             whole = gram_eigenvalues(weight)
             plain[i] = hill_alpha(whole), stable_rank(whole), spectral_entropy(whole)
-            for s in range(1 if farms_takes_all(weight) else seeds):
+            for s in range(seeds):
                 generator = torch.Generator().manual_seed(ctx.random_seed("farms", s, unit.key))
-                alphas[i, s:] = hill_alpha(farms_eigenvalues(weight, generator))
+                alphas[i, s] = hill_alpha(farms_eigenvalues(weight, generator))
             if self.option(ctx, "distortion") == "measured":
                 distortion[i] = [squared_error(weight, f) for f in ctx.formats]
             else:
@@ -96,7 +95,6 @@ class AlphaQ(Metric):
         seeds = alphas.shape[1]
         alpha = alphas.mean(1)
         stderr = alphas.std(1, ddof=1) / seeds**0.5 if seeds > 1 else np.full(len(alpha), np.nan)
-        stderr[np.ptp(alphas, axis=1) == 0] = 0.0 if seeds > 1 else np.nan
         known = alpha[np.isfinite(alpha)]
         scale = (np.median(known) / alpha) ** gamma if known.size else np.full(len(alpha), np.nan)
         rows = []
@@ -121,10 +119,9 @@ class AlphaQ(Metric):
         flops = 0.0
         for u in ctx.index.units:
             n, m = min(u.rows, u.cols), max(u.rows, u.cols)
-            tiles = (u.rows // 128) * (u.cols // 128)
-            tiles = tiles if tiles <= 256 else 256 * int(self.option(ctx, "farms_seeds"))
-            # A double precision eigensolver runs some 25 times below the rate of a float32 product.
-            flops += 2.0 * m * n * n + 25 * 4 / 3 * n**3 + tiles * (2 + 25 * 4 / 3) * 128**3
+            tiles = min(256, (u.rows // 128) * (u.cols // 128)) * int(self.option(ctx, "farms_seeds"))
+            # The eigensolver runs several times below the rate of a matrix product.
+            flops += 2.0 * m * n * n + 8 * 4 / 3 * n**3 + tiles * (2 + 8 * 4 / 3) * 128**3
         measured = self.option(ctx, "distortion") == "measured"
         return Cost(
             steps=len(self.plan(ctx)),

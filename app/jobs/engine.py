@@ -23,6 +23,7 @@ from bitatlas.analysis.schema import UserError
 from bitatlas.app.jobs.gpu import claim_gpu, visible_gpus
 from bitatlas.app.jobs.settings import parallel_jobs
 from bitatlas.app.jobs.work import Work, load_work
+from bitatlas.app.problems import EXIT_USER, describe, exit_code
 from bitatlas.cache.paths import Home
 
 __all__ = ["main"]
@@ -70,14 +71,15 @@ def _serve(kind: str, home: Home, requests: TextIO, out: TextIO) -> None:
             # Made here, so that something JSON cannot carry is this step's error and not a broken pipe.
             text = json.dumps({"ok": reply})
         except UserError as e:
-            text = json.dumps({"error": str(e)})
+            text = json.dumps({"error": str(e), "user": e.to_dict()})
         except MemoryError:
             traceback.print_exc()
             text = json.dumps({"error": "The job ran out of memory. Try: fewer tokens, or a smaller batch."})
         except OSError as e:
             traceback.print_exc()
-            full = " The disk is full: free some space, then resume the job." if e.errno == 28 else ""
-            text = json.dumps({"error": f"{type(e).__name__}: {e}.{full}"})
+            words = describe(e)
+            reply = {"error": " ".join(filter(None, (words["error"] + ".", words["found"], words["fix"])))}
+            text = json.dumps({**reply, "user": words} if exit_code(e) == EXIT_USER else reply)
         except Exception as e:  # noqa: BLE001 - whatever the work raises is reported, with its trace in the log
             traceback.print_exc()
             text = json.dumps({"error": f"{type(e).__name__}: {e} (the log has the whole story)"})

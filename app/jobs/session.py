@@ -28,7 +28,14 @@ _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-starter"
 
 
 class JobFailed(Exception):
-    """The job cannot go on; the text is for people."""
+    """The job cannot go on; the text is for people.
+
+    ``data`` is the user's error as `UserError.to_dict` gives it, None when it is our fault; DBOS keeps it.
+    """
+
+    def __init__(self, text: str, data: dict[str, str] | None = None) -> None:
+        super().__init__(text)
+        self.data = data
 
 
 class Stopped(Exception):
@@ -108,7 +115,7 @@ class Session:
                 self.progress.note, self.progress.fraction = str(note), float(fraction or 0.0)
                 continue
             if "error" in answer:
-                raise JobFailed(answer["error"])
+                raise JobFailed(answer["error"], answer.get("user"))
             return dict(answer["ok"])
 
     def _ended(self, engine: subprocess.Popen[bytes]) -> Exception:

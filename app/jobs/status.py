@@ -32,7 +32,8 @@ class JobStatus:
         heartbeat_age_s: since the last sign of life; None before the first.
         note: what it is doing.
         created, started, ended: Unix seconds; None = not yet.
-        error: why it failed; result: what it gave.
+        error: why it failed; user_error: the same as ``error``, ``found``, ``fix`` when it is the user's to mend.
+        result: what it gave.
     """
 
     id: str
@@ -52,6 +53,7 @@ class JobStatus:
     started: float | None = None
     ended: float | None = None
     error: str = ""
+    user_error: dict[str, str] | None = None
     result: dict[str, Any] | None = None
 
     @property
@@ -102,5 +104,6 @@ def make_status(
         started=_seconds(found.dequeued_at),
         ended=_seconds(found.completed_at),
         error=str(getattr(found.error, "message", None) or found.error or "") if state == "failed" else "",
+        user_error=getattr(found.error, "data", None) or None if state == "failed" else None,
         result=dict(output["result"]) if output else None,
     )

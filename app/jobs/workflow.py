@@ -173,7 +173,7 @@ def run_job(kind: str, params: dict[str, Any]) -> dict[str, Any]:
         return {"result": _finish(), "steps": len(plan["steps"])}
     except UserError as e:
         session.log(str(e))
-        raise JobFailed(str(e)) from None
+        raise JobFailed(str(e), e.to_dict()) from None
     except JobFailed as e:
         session.log(f"failed: {e}")
         raise

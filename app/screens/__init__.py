@@ -21,4 +21,7 @@ class Screen:
 SCREENS: tuple[Screen, ...] = (
     Screen("library", "Measure", "Library", ":material/folder_open:", "library"),
     Screen("sensitivity_map", "Understand", "Map", ":material/grid_on:", "map"),
+    Screen("fit", "Decide", "Fit", ":material/memory:", "fit"),
+    Screen("verify", "Ship", "Verify", ":material/fact_check:", "verify"),
+    Screen("export", "Ship", "Export", ":material/output:", "export"),
 )

@@ -8,5 +8,7 @@ from __future__ import annotations
 __all__ = ["WORKS"]
 
 WORKS: dict[str, str] = {
-    "pack": "bitatlas.app.work.pack:PackWork",
+    "measure": "bitatlas.app.work.measure:MeasureWork",
+    "verify": "bitatlas.app.work.verify:VerifyWork",
+    "pack": "bitatlas.app.work.pack_job:PackWork",
 }

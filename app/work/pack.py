@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.analysis.schema import Allocation, ModelIndex, QuantUnit
-from bitatlas.app.jobs.work import Work
 from bitatlas.kernels.errors import UserError
 
-__all__ = ["SHARD_BYTES", "PackWork", "Packer", "check_output", "check_quantizer", "pack_model"]
+__all__ = ["SHARD_BYTES", "Packer", "check_output", "check_quantizer", "pack_model"]
 
 SHARD_BYTES = 256 << 20  # small enough that a killed job repeats seconds, large enough for few files
 
@@ -151,43 +150,3 @@ def pack_model(
         if progress:
             progress(done + 1, len(keys))
     return packer.finish()
-
-
-class PackWork(Work):
-    """The packing job.
-
-    Parameters: ``model`` (folder), ``digest``, ``allocation`` (key in the store), ``output``, ``quantizer``.
-    """
-
-    KIND = "pack"
-
-    @cached_property
-    def packer(self) -> Packer:
-        """The packer of this job.
-
-        Raises:
-            UserError: the checkpoint changed since the job was asked for, and all that `Packer` raises.
-        """
-        from bitatlas.analysis.model_index import index_model
-        from bitatlas.cache.store import Store
-
-        index = index_model(self.params["model"])
-        if index.digest != self.params["digest"]:
-            raise UserError("the checkpoint changed since this job was submitted",
-                            found=f"digest {index.digest[:12]}, the job is for {self.params['digest'][:12]}",
-                            fix="solve and pack again")  # fmt: skip
-        allocation = Store(self.home).allocation(self.params["allocation"])
-        return Packer(index, allocation, self.params["output"], quantizer=self.params.get("quantizer", "rtn"))
-
-    def plan(self) -> list[str]:
-        """A step per shard; claims the output folder, so that wrong folders and small disks show at once."""
-        _ = self.packer.writer
-        return self.packer.plan()
-
-    def run(self, key: str) -> dict[str, Any]:
-        """Write one shard."""
-        return self.packer.run(key)
-
-    def finish(self) -> dict[str, Any]:
-        """Folder and sizes."""
-        return self.packer.finish()

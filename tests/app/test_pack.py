@@ -117,22 +117,3 @@ def test_a_weight_that_breaks_later_leaves_no_half_shard(
     assert "packed-00001.safetensors" in names
     assert not any(n.endswith(".tmp") or n == "packed-00002.safetensors" for n in names)
     assert json.loads((tmp_path / "packed" / "bitatlas.json.partial").read_text())["quantizer"] == "rtn"
-
-
-def test_the_job_goes_on_in_a_new_process(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    from bitatlas.app.jobs.work import load_work
-    from bitatlas.cache.paths import Home
-    from bitatlas.cache.store import Store
-
-    index = index_model(tiny_checkpoint("mixtral"))
-    home = Home(tmp_path / "home")
-    key = Store(home).put_allocation(allocate(index))
-    params = {"model": index.path, "digest": index.digest, "allocation": key, "output": str(tmp_path / "packed"),
-              "quantizer": "rtn"}  # fmt: skip
-    for step in load_work("pack", params, home).plan():
-        assert step in load_work("pack", params, home).run(step)["note"]
-    result = load_work("pack", params, home).finish()
-    json.dumps(result)
-    load(result["folder"])
-    with pytest.raises(UserError, match="changed since"):
-        load_work("pack", params | {"digest": "0" * 40}, home).plan()

@@ -1,0 +1,69 @@
+"""From the user's words (bits, bytes, or memory to fit into) to a `Budget`."""
+
+from __future__ import annotations
+
+from bitatlas.analysis.schema import Budget, ModelIndex, UserError
+from bitatlas.app.sizes import format_bytes, parse_bytes
+
+__all__ = ["resolve_budget"]
+
+
+def resolve_budget(
+    index: ModelIndex,
+    *,
+    bits: float | None = None,
+    bytes_: str | int | None = None,
+    fit: str | int | None = None,
+    context: int = 0,
+    batch: int = 1,
+    reserve: str | int = "256MiB",
+    bits_k: float = 16,
+    bits_v: float = 16,
+) -> Budget:
+    """The budget of exactly one of three questions.
+
+    Args:
+        index: the model.
+        bits: effective bits per weight over the units (scales and zeros counted, kept tensors aside).
+        bytes_: all weights, units and kept tensors.
+        fit: memory for weights + KV cache at ``context`` tokens and ``batch`` sequences + ``reserve``.
+        bits_k, bits_v: bits of one cached K and V element.
+
+    Raises:
+        UserError: none or several of the three, or nothing is left for the weights.
+    """
+    given = [
+        name for name, value in (("--bits", bits), ("--bytes", bytes_), ("--fit", fit)) if value is not None
+    ]
+    if len(given) != 1:
+        raise UserError(
+            "one budget is needed",
+            found=", ".join(given) or "none",
+            fix="give one of --bits 3.5, --bytes 500MB, --fit 8GiB",
+        )
+    if bits is not None:
+        if not 0 < bits <= 32:
+            raise UserError("bits per weight must be between 0 and 32", found=str(bits))
+        return Budget(int(bits * index.params / 8) + index.kept_bytes, label=f"{bits:g} bits per weight")
+    if bytes_ is not None:
+        count = parse_bytes(bytes_)
+        return Budget(count, label=f"{format_bytes(count)} of weights")
+    total, spare = parse_bytes(fit or 0), parse_bytes(reserve)
+    kv = 0
+    if context:
+        if index.kv is None:
+            raise UserError(
+                "the KV cache of this model cannot be computed",
+                found="config.json does not give heads and head size",
+                fix="use --bytes",
+            )
+        kv = index.kv.cache_bytes(context, batch, bits_k, bits_v)
+    left = total - kv - spare
+    if left <= 0:
+        raise UserError(
+            "nothing is left for the weights",
+            found=f"{format_bytes(total)} less {format_bytes(kv)} of KV cache and {format_bytes(spare)} of reserve",
+            fix="a shorter --context, a smaller --batch, or more memory",
+        )
+    label = f"{format_bytes(total)}, context {context}, batch {batch}" if context else format_bytes(total)
+    return Budget(left, kv, spare, context, batch, label)

@@ -1,0 +1,358 @@
+"""The command line. Each command is a thin face of the function of the same name in `bitatlas.app.tasks`.
+
+Exit codes: 0 done, 2 the user's input, 1 our fault. Every command takes ``--json``: one document on stdout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bitatlas.app.cli_io import emit, progress_printer
+from bitatlas.app.problems import guarded
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="bitatlas", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+    help="An atlas of where a language model's bits matter, and a planner that spends them.",
+)  # fmt: skip
+jobs_app = typer.Typer(no_args_is_help=False, help="Background jobs: list, show, logs, cancel, resume.")
+app.add_typer(jobs_app, name="jobs")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file, hub id, or `demo`.")]
+Formats = Annotated[str, typer.Option("--formats", help="Comma list; braces expand: int{2,3,4}-g64.")]
+Metric = Annotated[
+    str,
+    typer.Option("--metric", help="`bitatlas metrics` lists them; a comma list where several make sense."),
+]
+Solver = Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists them.")]
+Pins = Annotated[list[str] | None, typer.Option("--pin", help="REGEX=FORMAT, repeatable; later rules win.")]
+Target = Annotated[
+    str | None, typer.Option("--target", help="Solve or export for this engine; `bitatlas targets`.")
+]
+Wait = Annotated[bool, typer.Option("--wait/--detach", help="Show progress until the job is done.")]
+DEFAULT_FORMATS = "int{2,3,4,5,6,8}-g64"
+
+
+@app.command()
+@guarded
+def scan(model: Model, json_output: Json = False) -> None:
+    """Units, roles, experts, shapes, parameters, bytes per format. Reads headers only."""
+    from bitatlas.app import tasks
+
+    emit(tasks.scan(model), json_output, "scan")
+
+
+@app.command()
+@guarded
+def measure(
+    model: Model,
+    metric: Metric = "fisher",
+    formats: Formats = DEFAULT_FORMATS,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text or JSONL file; the demo brings its own.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens in all.")] = 8192,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    seed: int = 0,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="METRIC.NAME=VALUE, an option of a metric.")
+    ] = None,
+    wait: Wait = False,
+    json_output: Json = False,
+) -> None:
+    """Measure how much each unit is hurt by fewer bits. A durable job: resumes after anything."""
+    from bitatlas.app import tasks
+
+    result = tasks.measure(
+        model, metric, formats=formats, calibration=calibration, tokens=tokens, seq_len=seq_len, seed=seed,
+        settings=tasks.parse_settings(set_ or []), wait=wait, on_progress=progress_printer(json_output),
+    )  # fmt: skip
+    emit(result, json_output, "job")
+
+
+@app.command()
+@guarded
+def estimate(
+    model: Model, metric: Metric = "fisher", formats: Formats = DEFAULT_FORMATS, tokens: int = 8192,
+    seq_len: int = 128, json_output: Json = False,
+) -> None:  # fmt: skip
+    """What measuring would cost: tokens forward and backward, bytes read, seconds on this machine."""
+    from bitatlas.app import tasks
+
+    emit(tasks.estimate(model, metric, formats=formats, tokens=tokens, seq_len=seq_len), json_output, "table")
+
+
+@app.command()
+@guarded
+def solve(
+    model: Model,
+    metric: Metric = "fisher",
+    solver: Solver = "mckp",
+    bits: Annotated[float | None, typer.Option(help="Effective bits per weight over the units.")] = None,
+    bytes_: Annotated[
+        str | None, typer.Option("--bytes", help="All weights, kept tensors included: 500MB, 123456.")
+    ] = None,
+    fit: Annotated[str | None, typer.Option(help="Memory for weights + KV cache + reserve: 8GiB.")] = None,
+    context: Annotated[int, typer.Option(help="With --fit: context length in tokens.")] = 0,
+    batch: Annotated[int, typer.Option(help="With --fit: sequences at once.")] = 1,
+    kv_bits: Annotated[float, typer.Option(help="With --fit: bits of a cached K or V element.")] = 16,
+    reserve: Annotated[str, typer.Option(help="With --fit: activations and workspace.")] = "256MiB",
+    formats: Formats = DEFAULT_FORMATS,
+    pin: Pins = None,
+    target: Target = None,
+    seed: int = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where to write the allocation.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Spend a memory budget: unit -> format, with a certificate."""
+    from bitatlas.app import tasks
+
+    result = tasks.solve(
+        model, metric=metric, solver=solver, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
+        kv_bits=kv_bits, reserve=reserve, formats=formats, pins=pin or [], target=target, seed=seed, output=output,
+    )  # fmt: skip
+    emit(tasks.describe_allocation(result, output), json_output, "allocation")
+
+
+@app.command()
+@guarded
+def frontier(
+    model: Model, metric: Metric = "fisher", solver: Solver = "hull", formats: Formats = DEFAULT_FORMATS,
+    pin: Pins = None, target: Target = None, points: int = 64, json_output: Json = False,
+) -> None:  # fmt: skip
+    """The whole front: the best predicted damage at every size."""
+    from bitatlas.app import tasks
+
+    result = tasks.frontier(
+        model, metric=metric, solver=solver, formats=formats, pins=pin or [], target=target, points=points
+    )
+    emit(tasks.describe_frontier(result, model), json_output, "table")
+
+
+@app.command()
+@guarded
+def verify(
+    model: Model,
+    allocation: Annotated[list[Path], typer.Argument(help="Allocation files.")],
+    text: Annotated[Path | None, typer.Option(help="Held-out text; the demo brings its own.")] = None,
+    tokens: int = 8192,
+    seq_len: int = 256,
+    seed: int = 0,
+    wait: Wait = True,
+    json_output: Json = False,
+) -> None:
+    """Run the allocation for real: KL mean/p50/p99, top-1 flips, perplexity, noise floor."""
+    from bitatlas.app import tasks
+
+    result = tasks.verify(model, allocation, text=text, tokens=tokens, seq_len=seq_len, seed=seed, wait=wait,
+                          on_progress=progress_printer(json_output))  # fmt: skip
+    emit(result, json_output, "verify")
+
+
+@app.command()
+@guarded
+def pack(
+    model: Model, allocation: Path, output: Annotated[Path, typer.Option("-o", "--output")],
+    quantizer: Annotated[str, typer.Option(help="How codes are chosen.")] = "rtn",
+    wait: Wait = True, json_output: Json = False,
+) -> None:  # fmt: skip
+    """Quantise and bit-pack into safetensors shards + bitatlas.json. Streaming, resumable."""
+    from bitatlas.app import tasks
+
+    result = tasks.pack(
+        model, allocation, output, quantizer=quantizer, wait=wait, on_progress=progress_printer(json_output)
+    )
+    emit(result, json_output, "job")
+
+
+@app.command()
+@guarded
+def generate(
+    directory: Annotated[Path, typer.Argument(help="A packed checkpoint.")],
+    prompt: str,
+    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens")] = 64,
+    json_output: Json = False,
+) -> None:
+    """Continue a prompt with a packed checkpoint (greedy)."""
+    from bitatlas.app import tasks
+
+    emit(tasks.generate(directory, prompt, max_new_tokens=max_new_tokens), json_output, "text")
+
+
+@app.command()
+@guarded
+def export(
+    allocation: Path, target: Annotated[str, typer.Option("--target", help="`bitatlas targets` lists them.")],
+    output: Annotated[Path, typer.Option("-o", "--output")],
+    model: Annotated[str | None, typer.Option(help="Only when the store does not know the model.")] = None,
+    json_output: Json = False,
+) -> None:  # fmt: skip
+    """Write what an engine needs, and the command to run."""
+    from bitatlas.app import tasks
+
+    emit(tasks.export(allocation, target, output, model=model), json_output, "export")
+
+
+@app.command()
+@guarded
+def check(
+    allocation: Path, target: Annotated[str, typer.Option("--target")], model: str | None = None, json_output: Json = False,
+) -> None:  # fmt: skip
+    """Would this engine load it? servable / loads but decodes wrong / rejected, with the reason."""
+    from bitatlas.app import tasks
+
+    emit(tasks.check(allocation, target, model=model), json_output, "export")
+
+
+@app.command()
+@guarded
+def metrics(json_output: Json = False) -> None:
+    """What can be measured."""
+    from bitatlas.app import tasks
+
+    emit(tasks.metrics(), json_output, "table")
+
+
+@app.command()
+@guarded
+def formats(json_output: Json = False) -> None:
+    """Ways to store a matrix."""
+    from bitatlas.app import tasks
+
+    emit(tasks.formats(), json_output, "table")
+
+
+@app.command()
+@guarded
+def solvers(json_output: Json = False) -> None:
+    """Allocators."""
+    from bitatlas.app import tasks
+
+    emit(tasks.solvers(), json_output, "table")
+
+
+@app.command()
+@guarded
+def targets(json_output: Json = False) -> None:
+    """Engines that allocations can be exported to."""
+    from bitatlas.app import tasks
+
+    emit(tasks.targets(), json_output, "table")
+
+
+@app.command()
+@guarded
+def demo(
+    path: Annotated[bool, typer.Option("--path", help="Print the demo model's folder only.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Install the sample study of the embedded demo model; print where the model is."""
+    from bitatlas.app import tasks
+
+    if path and not json_output:
+        print(tasks.demo_path())
+        return
+    emit(tasks.demo(), json_output, "job")
+
+
+@app.command()
+@guarded
+def doctor(json_output: Json = False) -> None:
+    """Is everything in order here? Versions, disk, store, worker, optional parts."""
+    from bitatlas.app import doctor as module
+
+    report = module.report()
+    emit(report, json_output, "table")
+    if any(line["state"] == "fail" for line in report):
+        raise SystemExit(1)
+
+
+@app.command()
+@guarded
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Open on this checkpoint instead of the demo.")] = None,
+    port: int = 8501,
+) -> None:
+    """The dashboard, on 127.0.0.1 only."""
+    from bitatlas.app import serve as module
+
+    module.serve(model, port)
+
+
+@app.command()
+@guarded
+def worker(
+    idle_minutes: Annotated[float, typer.Option(help="Exit after this long without work; 0 = stay.")] = 0.0,
+) -> None:
+    """Run queued jobs until stopped. The CLI and the dashboard start one on demand."""
+    from bitatlas.app import worker as module
+
+    raise SystemExit(module.main(["--idle-minutes", str(idle_minutes)] if idle_minutes else ["--stay"]))
+
+
+@jobs_app.callback(invoke_without_command=True)
+def jobs_default(ctx: typer.Context, json_output: Json = False) -> None:
+    """List the jobs when no sub-command is named."""
+    if ctx.invoked_subcommand is None:
+        jobs_list(json_output=json_output)
+
+
+@jobs_app.command("list")
+@guarded
+def jobs_list(json_output: Json = False) -> None:
+    """All jobs, newest first."""
+    from bitatlas.app import tasks
+
+    emit(tasks.jobs_list(), json_output, "table")
+
+
+@jobs_app.command("show")
+@guarded
+def jobs_show(job: str, json_output: Json = False) -> None:
+    """One job: state, progress, ETA, result or error."""
+    from bitatlas.app import tasks
+
+    emit(tasks.jobs_show(job), json_output, "job")
+
+
+@jobs_app.command("logs")
+@guarded
+def jobs_logs(job: str, tail: int = 50, json_output: Json = False) -> None:
+    """The end of a job's log."""
+    from bitatlas.app import tasks
+
+    emit({"text": tasks.jobs_logs(job, tail)}, json_output, "text")
+
+
+@jobs_app.command("cancel")
+@guarded
+def jobs_cancel(job: str, json_output: Json = False) -> None:
+    """Stop a job; finished steps are kept."""
+    from bitatlas.app import tasks
+
+    emit(tasks.jobs_cancel(job), json_output, "job")
+
+
+@jobs_app.command("resume")
+@guarded
+def jobs_resume(job: str, wait: Wait = False, json_output: Json = False) -> None:
+    """Go on with a cancelled, failed or interrupted job at its first unfinished step."""
+    from bitatlas.app import tasks
+
+    emit(tasks.jobs_resume(job, wait=wait, on_progress=progress_printer(json_output)), json_output, "job")
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Entry point of the ``bitatlas`` command."""
+    return app(args=argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""How the command line prints: one JSON document, or a short text for people. No result is computed here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from bitatlas.analysis.schema import null_nan
+from bitatlas.app.sizes import format_bytes
+
+__all__ = ["emit", "progress_printer"]
+
+
+def emit(data: Any, json_output: bool, shape: str) -> None:
+    """Print ``data`` as one JSON document, or as text in the named shape."""
+    if json_output:
+        print(json.dumps(null_nan(data), allow_nan=False))
+        return
+    _SHAPES[shape](data)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(str(v) for v in value)
+    return "" if value is None else str(value)
+
+
+def _table(rows: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = rows["rows"] if isinstance(rows, dict) else rows
+    if not rows:
+        print("nothing to show")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(v) for v in row.values()))
+    # Not a terminal: no wrapping, so that grep and awk see whole rows.
+    Console(width=None if sys.stdout.isatty() else 10_000, highlight=False).print(table)
+
+
+def _pairs(data: dict[str, Any]) -> None:
+    width = max((len(k) for k in data), default=0)
+    for key, value in data.items():
+        if isinstance(value, dict):
+            print(f"{key.replace('_', ' ')}:")
+            for k, v in value.items():
+                print(f"  {k}: {_cell(v)}")
+        elif value not in (None, "", [], {}):
+            print(f"{key.replace('_', ' '):<{width}}  {_cell(value)}")
+
+
+def _scan(data: dict[str, Any]) -> None:
+    print(
+        f"{data['name']}: {data['architecture']}, {data['units']} units, {data['params'] / 1e6:.1f} M weights, {data['layers']} layers"
+    )
+    if data["experts"]:
+        print(f"{data['experts']} routed experts a layer, {data['top_k']} per token")
+    print(f"kept as they are: {data['kept_tensors']} tensors, {format_bytes(data['kept_bytes'])}")
+    for note in data["notes"]:
+        print(f"note: {note}")
+    _table([{**r, "shapes": " ".join(r["shapes"])} for r in data["roles"]])
+    _table(
+        [
+            {**r, "size": format_bytes(r["bytes"])}
+            for r in data["formats"]
+            if r["name"].endswith(("g64", "bf16"))
+        ]
+    )
+
+
+def _allocation(data: dict[str, Any]) -> None:
+    print(
+        f"{data['bits_per_weight']:.3f} bits per weight, {format_bytes(data['weights_bytes'])} ({data['status']}, {data['solver']} on {data['metric']})"
+    )
+    print(
+        f"predicted damage {data['predicted']:.4g}; gap to the lower bound {_cell(data['gap']) or 'unknown'}"
+    )
+    for name, count in data["histogram"].items():
+        print(f"  {name:<16} {count['units']:>6} units  {count['share']:.1%} of the units")
+    if data.get("file"):
+        print(f"written to {data['file']}")
+
+
+def _verify(data: dict[str, Any]) -> None:
+    results = data.get("results")
+    if results is None:
+        _pairs(data)
+        return
+    _table([{k: v for k, v in r.items() if not isinstance(v, list | dict)} for r in results])
+
+
+def _text(data: dict[str, Any]) -> None:
+    print(data["text"])
+
+
+def _export(data: dict[str, Any]) -> None:
+    print(f"{data['target']}: {data['status']}")
+    for reason in data["reasons"][:20]:
+        print(f"  {reason}")
+    for name in data.get("files", []):
+        print(f"wrote {name}")
+    if data.get("command"):
+        print(f"run: {data['command']}")
+
+
+_SHAPES: dict[str, Callable[[Any], None]] = {
+    "table": _table, "job": _pairs, "scan": _scan, "allocation": _allocation, "verify": _verify, "text": _text,
+    "export": _export,
+}  # fmt: skip
+
+
+def progress_printer(quiet: bool) -> Callable[[Any], None]:
+    """A callback that shows a job's progress on stderr: a live line on a terminal, else one line per change."""
+    last: list[str] = [""]
+
+    def show(status: Any) -> None:
+        if quiet:
+            return
+        low, high = status.eta_s if status.eta_s else (None, None)
+        eta = "" if low is None or high is None else f", about {_seconds(low)} to {_seconds(high)} left"
+        line = f"{status.title}: {status.state}, {status.done}/{status.total} {status.phase}{eta}"
+        if line == last[0]:
+            return
+        last[0] = line
+        if sys.stderr.isatty():
+            print(
+                f"\r\x1b[2K{line}",
+                end="" if status.state in ("queued", "running") else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif status.total and (status.done == status.total or status.done % max(1, status.total // 10) == 0):
+            print(line, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min"

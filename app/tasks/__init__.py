@@ -1,0 +1,57 @@
+"""What bitatlas does: one function per verb, the same for the command line, for Python and for the pages.
+
+from bitatlas.app import tasks
+tasks.measure("demo", "fisher", wait=True)
+allocation = tasks.solve("demo", metric="fisher", bits=3.5)
+"""
+
+from bitatlas.app.tasks.demo import demo, demo_path
+from bitatlas.app.tasks.jobs import jobs_cancel, jobs_list, jobs_logs, jobs_resume, jobs_show
+from bitatlas.app.tasks.listing import formats, metrics, solvers, targets
+from bitatlas.app.tasks.measuring import estimate, measure, parse_settings, submit_measure
+from bitatlas.app.tasks.models import confine, open_index, register, scan
+from bitatlas.app.tasks.shipping import check, export, generate, pack, submit_pack
+from bitatlas.app.tasks.solving import (
+    build_problem,
+    describe_allocation,
+    describe_frontier,
+    frontier,
+    read_allocation,
+    solve,
+)
+from bitatlas.app.tasks.verifying import submit_verify, verify
+
+__all__ = [
+    "build_problem",
+    "check",
+    "confine",
+    "demo",
+    "demo_path",
+    "describe_allocation",
+    "describe_frontier",
+    "estimate",
+    "export",
+    "formats",
+    "frontier",
+    "generate",
+    "jobs_cancel",
+    "jobs_list",
+    "jobs_logs",
+    "jobs_resume",
+    "jobs_show",
+    "measure",
+    "metrics",
+    "open_index",
+    "pack",
+    "parse_settings",
+    "read_allocation",
+    "register",
+    "scan",
+    "solve",
+    "solvers",
+    "submit_measure",
+    "submit_pack",
+    "submit_verify",
+    "targets",
+    "verify",
+]

@@ -1,0 +1,41 @@
+"""The embedded demo: a small trained MoE, its texts, and a finished sample study."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from bitatlas.cache.paths import Home
+from bitatlas.cache.store import Store
+
+__all__ = ["demo", "demo_path", "demo_text"]
+
+
+def _folder() -> Path:
+    # The package is always unpacked on disk: a zipped install could not be memory-mapped.
+    return Path(str(resources.files("bitatlas.app"))) / "demo"
+
+
+def demo_path() -> Path:
+    """Folder of the demo model, an ordinary checkpoint."""
+    return _folder() / "model"
+
+
+def demo_text(kind: str) -> Path:
+    """``calibration`` or ``eval``: the texts that come with the demo."""
+    return _folder() / "text" / f"{kind}.txt"
+
+
+def demo() -> dict[str, Any]:
+    """Put the sample study into the store if it is not there; say where the model is."""
+    from bitatlas.app.tasks.models import open_index
+
+    store = Store(Home.default())
+    index = open_index(demo_path())
+    known = {m["digest"] for m in store.models()}
+    if index.digest not in known or not store.runs(index.digest):
+        store.import_study(_folder() / "study")
+    store.put_model(index)
+    return {"path": str(demo_path()), "digest": index.digest, "runs": len(store.runs(index.digest)),
+            "allocations": len(store.allocations(index.digest))}  # fmt: skip

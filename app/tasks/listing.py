@@ -1,0 +1,47 @@
+"""What there is: metrics, formats, solvers, targets. Straight from the tables, so nothing can be forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitatlas.analysis.schema import FORMATS
+
+__all__ = ["formats", "metrics", "solvers", "targets"]
+
+
+def metrics() -> list[dict[str, Any]]:
+    """Every metric: name, title, unit, what it needs, whether it adds up, what it emits, source."""
+    from bitatlas.analysis.metrics import METRICS
+
+    return [
+        {"name": m.NAME, "title": m.TITLE, "unit": m.UNIT, "needs": m.NEEDS, "additive": m.ADDITIVE,
+         "per_format": m.PER_FORMAT, "emits": list(m.EMITS), "source": m.SOURCE}
+        for m in METRICS.values()
+    ]  # fmt: skip
+
+
+def formats() -> list[dict[str, Any]]:
+    """Every format, with the effective bits of a 4096 x 4096 matrix."""
+    return [
+        {"name": f.name, "bits": f.bits, "group": f.group_size or ("channel" if f.kind == "int" else "-"),
+         "symmetric": f.symmetric, "bits_per_weight": f.bits_per_weight(4096, 4096)}
+        for f in FORMATS.values()
+    ]  # fmt: skip
+
+
+def solvers() -> list[dict[str, Any]]:
+    """Every allocator: name, title, exact or not, whole front or not, source."""
+    from bitatlas.solvers import SOLVERS
+
+    return [
+        {"name": s.NAME, "title": s.TITLE, "exact": s.EXACT, "front": s.FRONT, "ties": s.HANDLES_TIES,
+         "needs_damage": s.NEEDS_DAMAGE, "source": s.SOURCE}
+        for s in SOLVERS.values()
+    ]  # fmt: skip
+
+
+def targets() -> list[dict[str, Any]]:
+    """Every engine that allocations can be exported to."""
+    from bitatlas.app.targets import TARGETS
+
+    return [{"name": t.NAME, "title": t.TITLE} for t in TARGETS.values()]

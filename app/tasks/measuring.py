@@ -1,0 +1,220 @@
+"""Measuring: cost first, then a durable job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bitatlas.analysis.schema import UserError, expand_formats
+from bitatlas.app.tasks.demo import demo_path, demo_text
+from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
+from bitatlas.app.tasks.models import register
+
+__all__ = [
+    "calibration_file",
+    "estimate",
+    "measure",
+    "measure_params",
+    "metric_names",
+    "parse_settings",
+    "submit_measure",
+]
+
+Progress = Callable[[Any], None]
+
+
+def metric_names(metric: str | Iterable[str]) -> tuple[str, ...]:
+    """Metrics that have to run for the named ones; ``all`` = every one. A name that a metric emits stands for it.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    from bitatlas.analysis.metrics import METRICS, get_metric
+
+    raw = metric.split(",") if isinstance(metric, str) else list(metric)
+    wanted = [m.strip() for m in raw if m.strip()]
+    if wanted == ["all"]:
+        return tuple(METRICS)
+    if not wanted:
+        raise UserError("no metric was named", fix="bitatlas metrics")
+    emitted = {name: m.NAME for m in METRICS.values() for name in m.EMITS}
+    return tuple(dict.fromkeys(emitted.get(name) or get_metric(name).NAME for name in wanted))
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` options of metrics; numbers and true/false become what they look like.
+
+    Raises:
+        UserError: not a pair.
+    """
+    import json
+
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        name, eq, value = pair.partition("=")
+        if not eq:
+            raise UserError("an option must be NAME=VALUE", found=repr(pair), fix="--set probes=64")
+        try:
+            out[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            out[name.strip()] = value
+    return out
+
+
+def calibration_file(model_path: str, named: str | Path | None, kind: str = "calibration") -> Path | None:
+    """The text to use: the named file, else the demo's own for the demo, else none.
+
+    Raises:
+        UserError: the named file is not there.
+    """
+    if named is not None:
+        path = Path(named).expanduser()
+        if not path.is_file():
+            raise UserError(f"there is no such {kind} text", found=str(path), fix="name a text or JSONL file")
+        return path.resolve()
+    return demo_text(kind) if Path(model_path) == demo_path() else None
+
+
+def measure_params(
+    model: str | Path,
+    metric: str | Iterable[str],
+    *,
+    formats: str | Iterable[str],
+    calibration: str | Path | None,
+    tokens: int,
+    seq_len: int,
+    seed: int,
+    settings: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The canonical request of a measurement: the same question gives the same dictionary, hence the same job.
+
+    Raises:
+        UserError: anything in it that cannot be.
+    """
+    from bitatlas.analysis.metrics import METRICS
+
+    names = metric_names(metric)
+    index = register(model)
+    for name, needed in (("tokens", tokens), ("sequence length", seq_len)):
+        if needed < 2:
+            raise UserError(f"the {name} must be at least 2", found=str(needed))
+    text = calibration_file(index.path, calibration)
+    needy = [n for n in names if METRICS[n].NEEDS != "weights"]
+    if needy and text is None:
+        raise UserError(
+            f"{', '.join(needy)} need a calibration text",
+            found="none was named",
+            fix="--calibration FILE (text or JSONL)",
+        )
+    known = {key for n in names for key in METRICS[n].SETTINGS}
+    unknown = sorted(set(settings or {}) - known)
+    if unknown:
+        raise UserError(
+            f"no metric here has an option {', '.join(unknown)}",
+            found=f"options: {', '.join(sorted(known)) or 'none'}",
+        )
+    return {
+        "model": index.path,
+        "digest": index.digest,
+        "metrics": list(names),
+        "formats": sorted(f.name for f in expand_formats(formats)),
+        "calibration": str(text) if text and needy else "",
+        "calibration_sha": _file_digest(text) if text and needy else "",
+        "tokens": tokens if needy else 0,
+        "seq_len": seq_len if needy else 0,
+        "seed": seed,
+        "settings": dict(settings or {}),
+    }
+
+
+def _file_digest(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:20]
+
+
+def submit_measure(
+    model: str | Path,
+    metric: str | Iterable[str] = "fisher",
+    *,
+    formats: str | Iterable[str] = "int{2,3,4,5,6,8}-g64",
+    calibration: str | Path | None = None,
+    tokens: int = 8192,
+    seq_len: int = 128,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """Start (or join) the measurement; returns the job's id at once."""
+
+    params = measure_params(
+        model,
+        metric,
+        formats=formats,
+        calibration=calibration,
+        tokens=tokens,
+        seq_len=seq_len,
+        seed=seed,
+        settings=settings,
+    )
+    return submit(
+        "measure", params, f"measure {', '.join(params['metrics'])} of {Path(params['model']).name}"
+    )
+
+
+def measure(
+    model: str | Path,
+    metric: str | Iterable[str] = "fisher",
+    *,
+    formats: str | Iterable[str] = "int{2,3,4,5,6,8}-g64",
+    calibration: str | Path | None = None,
+    tokens: int = 8192,
+    seq_len: int = 128,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    wait: bool = False,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure as a durable job. Two calls with the same arguments are one job.
+
+    Returns:
+        The job's status; with ``wait`` its result.
+
+    Raises:
+        UserError: the request, or (with ``wait``) the job's own error.
+    """
+    job = submit_measure(
+        model,
+        metric,
+        formats=formats,
+        calibration=calibration,
+        tokens=tokens,
+        seq_len=seq_len,
+        seed=seed,
+        settings=settings,
+    )
+    return status_dict(submit_and_wait(job, wait, on_progress))
+
+
+def estimate(
+    model: str | Path,
+    metric: str | Iterable[str] = "fisher",
+    *,
+    formats: str | Iterable[str] = "int{2,3,4,5,6,8}-g64",
+    tokens: int = 8192,
+    seq_len: int = 128,
+) -> list[dict[str, Any]]:
+    """What a measurement would take, metric by metric; nothing is loaded."""
+    from bitatlas.analysis.measure import MeasureContext
+    from bitatlas.analysis.metrics import get_metric
+    from bitatlas.app.speed import seconds_of
+
+    index = register(model)
+    ctx = MeasureContext(index, expand_formats(formats), tokens=tokens, seq_len=seq_len)
+    rows = []
+    for name in metric_names(metric):
+        cost = get_metric(name).cost(ctx)
+        rows.append({"metric": name, "steps": cost.steps, "bytes_read": cost.bytes_read, "forward_tokens": cost.forward_tokens,
+                     "backward_tokens": cost.backward_tokens, "seconds": seconds_of(cost, index)})  # fmt: skip
+    return rows

@@ -1,0 +1,147 @@
+"""Shipping: pack, generate, check and export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
+from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
+from bitatlas.app.tasks.models import register
+from bitatlas.app.tasks.solving import read_allocation
+from bitatlas.cache.paths import Home, atomic_write
+from bitatlas.cache.store import Store
+
+__all__ = ["check", "export", "generate", "pack", "submit_pack"]
+
+
+def submit_pack(
+    model: str | Path, allocation: str | Path | Allocation, output: str | Path, *, quantizer: str = "rtn"
+) -> str:
+    """Start (or join) the packing; returns the job's id.
+
+    Raises:
+        UserError: allocation of another model, an output folder that holds something else, an unknown quantizer.
+    """
+    from bitatlas.app.work.pack import check_output, check_quantizer
+
+    index = register(model)
+    plan = allocation if isinstance(allocation, Allocation) else read_allocation(allocation)
+    plan.check_model(index)
+    check_quantizer(quantizer)
+    out = Path(output).expanduser().resolve()
+    check_output(out)
+    params = {
+        "model": index.path, "digest": index.digest, "allocation": Store(Home.default()).put_allocation(plan),
+        "output": str(out), "quantizer": quantizer,
+    }  # fmt: skip
+    return submit("pack", params, f"pack {index.name} at {plan.bits_per_weight:.2f} bits")
+
+
+def pack(
+    model: str | Path,
+    allocation: str | Path | Allocation,
+    output: str | Path,
+    *,
+    quantizer: str = "rtn",
+    wait: bool = True,
+    on_progress: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
+    """Write a packed checkpoint. With ``wait`` its result (folder, bytes written, bytes predicted)."""
+    job = submit_pack(model, allocation, output, quantizer=quantizer)
+    status = submit_and_wait(job, wait, on_progress)
+    return status.result if wait and status.result else status_dict(status)
+
+
+def generate(directory: str | Path, prompt: str, *, max_new_tokens: int = 64) -> dict[str, Any]:
+    """Continue ``prompt`` greedily with a packed checkpoint.
+
+    Returns:
+        prompt, text (the continuation with the prompt), tokens.
+    """
+    import torch
+
+    from bitatlas.analysis.calibration import load_tokenizer
+    from bitatlas.kernels.packed import load
+
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise UserError(
+            "there is no such folder",
+            found=str(folder),
+            fix="make one with `bitatlas pack MODEL allocation.json -o DIR`",
+        )
+    if not 1 <= max_new_tokens <= 4096:
+        raise UserError("the number of new tokens must be between 1 and 4096", found=str(max_new_tokens))
+    model = load(folder)
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.shape[1] == 0:
+        raise UserError("the prompt is empty")
+    with torch.no_grad():
+        out = model.generate(
+            ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
+    return {
+        "prompt": prompt,
+        "text": tokenizer.decode(out[0], skip_special_tokens=True),
+        "tokens": int(out.shape[1] - ids.shape[1]),
+    }
+
+
+def _index_of(allocation: Allocation, model: str | None) -> ModelIndex:
+    """The model that an allocation is for, from the store by its digest, or as named."""
+    if model is not None:
+        index = register(model)
+    else:
+        store = Store(Home.default())
+        known = {m["digest"] for m in store.models()}
+        if allocation.model_digest not in known:
+            raise UserError(
+                f"the store does not know the model of this allocation ({allocation.model_name})",
+                found=f"digest {allocation.model_digest[:12]}",
+                fix="name it with --model FOLDER",
+            )
+        index = store.model(allocation.model_digest)
+    allocation.check_model(index)
+    return index
+
+
+def check(allocation: str | Path | Allocation, target: str, *, model: str | None = None) -> dict[str, Any]:
+    """Would this engine load it: servable, loads but decodes wrong, or rejected; with the reasons."""
+    from bitatlas.app.targets import get_target
+
+    plan = allocation if isinstance(allocation, Allocation) else read_allocation(allocation)
+    verdict = get_target(target).check(plan, _index_of(plan, model))
+    return {"target": target, **verdict.to_dict()}
+
+
+def export(
+    allocation: str | Path | Allocation, target: str, output: str | Path, *, model: str | None = None
+) -> dict[str, Any]:
+    """Write the files of a target and say which command to run.
+
+    Raises:
+        UserError: the engine rejects the allocation; nothing is written then.
+    """
+    from bitatlas.app.targets import get_target
+
+    plan = allocation if isinstance(allocation, Allocation) else read_allocation(allocation)
+    index = _index_of(plan, model)
+    engine = get_target(target)
+    verdict = engine.check(plan, index)
+    if verdict.status == "rejected":
+        raise UserError(
+            f"{target} rejects this allocation", found="; ".join(verdict.reasons[:3]), fix=verdict.change
+        )
+    files = engine.render(plan, index)
+    folder = Path(output).expanduser()
+    for name, text in files.items():
+        atomic_write(folder / name, text.encode())
+    return {
+        "target": target,
+        **verdict.to_dict(),
+        "files": [str(folder / name) for name in files],
+        "command": engine.command(plan, index),
+    }

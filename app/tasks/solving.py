@@ -1,0 +1,233 @@
+"""Deciding: a table, a budget, a solver -> an allocation or a front."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitatlas.analysis.schema import (
+    Allocation,
+    Budget,
+    Frontier,
+    ModelIndex,
+    Provenance,
+    SensitivityTable,
+    TieGroup,
+    UserError,
+    expand_formats,
+    parse_format,
+    resolve_pins,
+)
+from bitatlas.app.budgets import resolve_budget
+from bitatlas.app.tasks.models import register
+from bitatlas.cache.paths import Home, atomic_write
+from bitatlas.cache.store import Store
+from bitatlas.solvers import Problem, get_solver, to_allocation
+from bitatlas.solvers import frontier as sweep
+
+__all__ = [
+    "build_problem", "describe_allocation", "describe_frontier", "find_table", "frontier", "read_allocation", "solve",
+]  # fmt: skip
+
+
+def find_table(store: Store, index: ModelIndex, metric: str, formats: tuple[str, ...]) -> SensitivityTable:
+    """The newest finished measurement of ``metric`` that covers ``formats``.
+
+    Raises:
+        UserError: never measured, or not for these formats.
+    """
+    run = store.latest_run(index.digest, metric, formats)
+    if run is None:
+        known = sorted({e.metric for e in store.metrics_of(index.digest)})
+        raise UserError(
+            f"{metric} has not been measured for {index.name} in these formats",
+            found=f"measured: {', '.join(known) or 'nothing'}",
+            fix=f"bitatlas measure {index.path} --metric {metric} --formats {','.join(formats)} --wait",
+        )
+    return store.table(run, metric, index.unit_keys()).select(formats)
+
+
+def build_problem(
+    index: ModelIndex,
+    table: SensitivityTable | None,
+    formats: tuple[str, ...],
+    limit_bytes: int,
+    pins: dict[str, str],
+    ties: tuple[TieGroup, ...] = (),
+) -> Problem:
+    """The solvers' problem; formats that only pins use become columns of their own."""
+    return Problem.build(
+        index, table, tuple(parse_format(f) for f in formats), limit_bytes, pins=pins, ties=ties
+    )
+
+
+def _target_limits(
+    index: ModelIndex, target: str | None, formats: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[TieGroup, ...]]:
+    """Formats that the engine can load and the ties it needs."""
+    if target is None:
+        return formats, ()
+    from bitatlas.app.targets import get_target
+
+    engine = get_target(target)
+    usable = tuple(f for f in formats if engine.loads(parse_format(f)))
+    if not usable:
+        raise UserError(
+            f"{target} loads none of these formats",
+            found=", ".join(formats),
+            fix=f"it loads {', '.join(engine.format_names()[:12])}",
+        )
+    return usable, tuple(engine.ties(index))
+
+
+def _prepare(
+    model: str | Path,
+    metric: str,
+    formats: str | tuple[str, ...],
+    pins: list[str],
+    target: str | None,
+    needs_damage: bool,
+) -> tuple[Store, ModelIndex, SensitivityTable | None, tuple[str, ...], dict[str, str], tuple[TieGroup, ...]]:
+    index = register(model)
+    store = Store(Home.default())
+    names = tuple(f.name for f in expand_formats(formats))
+    names, ties = _target_limits(index, target, names)
+    pinned = resolve_pins(pins, index.unit_keys())
+    table = find_table(store, index, metric, names) if needs_damage else None
+    return store, index, table, names, pinned, ties
+
+
+def solve(
+    model: str | Path,
+    *,
+    metric: str = "fisher",
+    solver: str = "mckp",
+    bits: float | None = None,
+    bytes_: str | int | None = None,
+    fit: str | int | None = None,
+    context: int = 0,
+    batch: int = 1,
+    kv_bits: float = 16,
+    reserve: str | int = "256MiB",
+    formats: str | tuple[str, ...] = "int{2,3,4,5,6,8}-g64",
+    pins: list[str] | None = None,
+    target: str | None = None,
+    seed: int = 0,
+    output: str | Path | None = None,
+) -> Allocation:
+    """The best allocation that a solver finds within a budget; stored, and written to ``output`` when named.
+
+    Raises:
+        UserError: not measured, impossible budget (names the smallest possible one), a pin that matches nothing.
+    """
+    algorithm = get_solver(solver)
+    store, index, table, names, pinned, ties = _prepare(
+        model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
+    )
+    budget = resolve_budget(
+        index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch, reserve=reserve
+    )
+    allocation = solve_table(index, table, names, budget, solver, pinned, ties, seed)
+    store.put_allocation(allocation)
+    if output is not None:
+        atomic_write(Path(output).expanduser().resolve(), allocation.to_json().encode())
+    return allocation
+
+
+def solve_table(
+    index: ModelIndex,
+    table: SensitivityTable | None,
+    formats: tuple[str, ...],
+    budget: Budget,
+    solver: str,
+    pins: dict[str, str],
+    ties: tuple[TieGroup, ...] = (),
+    seed: int = 0,
+) -> Allocation:
+    """`solve` without the store: what a page calls while a slider moves."""
+    problem = build_problem(index, table, formats, budget.weights_bytes - index.kept_bytes, pins, ties)
+    solution = get_solver(solver).solve(problem, seed=seed)
+    provenance = Provenance(
+        model_digest=index.digest, model_name=index.name, seed=seed,
+        settings={"run": table.run if table else "", "formats": list(formats), "solver": solver},
+    )  # fmt: skip
+    return to_allocation(problem, solution, index, budget=budget, provenance=provenance)
+
+
+def frontier(
+    model: str | Path,
+    *,
+    metric: str = "fisher",
+    solver: str = "hull",
+    formats: str | tuple[str, ...] = "int{2,3,4,5,6,8}-g64",
+    pins: list[str] | None = None,
+    target: str | None = None,
+    points: int = 64,
+) -> Frontier:
+    """The best predicted damage at every size, cheapest first; stored."""
+    algorithm = get_solver(solver)
+    store, index, table, names, pinned, ties = _prepare(
+        model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
+    )
+    ceiling = int(index.bytes_table([parse_format(f) for f in names]).max(axis=1).sum())
+    problem = build_problem(index, table, names, ceiling, pinned, ties)
+    front = sweep(problem, algorithm, points=points)
+    store.put_frontier(index.digest, front)
+    return front
+
+
+def read_allocation(path: str | Path) -> Allocation:
+    """An allocation file.
+
+    Raises:
+        UserError: missing, too large, or not an allocation.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            "there is no such allocation file",
+            found=str(path),
+            fix="make one with `bitatlas solve … -o allocation.json`",
+        )
+    if path.stat().st_size > 64 << 20:
+        raise UserError("the allocation file is too large to be one", found=f"{path.stat().st_size} bytes")
+    try:
+        return Allocation.from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError("the allocation file is not text", found=str(error)) from None
+
+
+def describe_allocation(allocation: Allocation, file: str | Path | None = None) -> dict[str, Any]:
+    """An allocation in numbers for people and scripts, without its unit list."""
+    counts = Counter(allocation.formats.values())
+    total = sum(counts.values())
+    return {
+        "model": allocation.model_name,
+        "metric": allocation.metric,
+        "solver": allocation.solver,
+        "status": allocation.status,
+        "bits_per_weight": allocation.bits_per_weight,
+        "payload_bytes": allocation.payload_bytes,
+        "kept_bytes": allocation.kept_bytes,
+        "weights_bytes": allocation.weights_bytes,
+        "predicted": allocation.predicted,
+        "lower_bound": allocation.lower_bound,
+        "gap": allocation.gap,
+        "budget": allocation.budget.label if allocation.budget else "",
+        "histogram": {name: {"units": n, "share": n / total} for name, n in sorted(counts.items())},
+        "file": str(file) if file else "",
+    }
+
+
+def describe_frontier(front: Frontier, model: str | Path) -> list[dict[str, Any]]:
+    """One row per point of a front: bytes, effective bits, predicted damage, units per format."""
+    params = register(model).params
+    rows = []
+    for p, (size, damage) in enumerate(zip(front.payload_bytes, front.predicted)):
+        counts = np.bincount(front.choice[p], minlength=len(front.formats))
+        rows.append({"payload_bytes": int(size), "bits_per_weight": float(size) * 8 / params, "predicted": float(damage),
+                     "units": " ".join(f"{n}x{f}" for f, n in zip(front.formats, counts) if n)})  # fmt: skip
+    return rows

@@ -1,0 +1,135 @@
+"""The Fit page's controls, without the page: bounds that suit the model, the budget they mean, their command line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bitatlas.analysis.schema import FORMATS, Budget, ModelIndex, parse_format
+from bitatlas.app.budgets import resolve_budget
+
+__all__ = ["PIN_FORMATS", "Asked", "Bounds", "bounds", "preferred", "twin", "usual"]
+
+PIN_FORMATS: tuple[str, ...] = tuple(
+    n for n, f in FORMATS.items() if not n.endswith("-sym") or f.kind == "float"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """A slider that suits the model, in ``word`` (MiB or GiB; ``scale`` bytes each)."""
+
+    low: float
+    high: float
+    start: float
+    step: float
+    reserve: float
+    context: int
+    scale: int
+    word: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the controls say. Bytes throughout."""
+
+    metric: str
+    formats: tuple[str, ...]
+    total_bytes: int
+    context: int
+    batch: int
+    kv_bits: int
+    reserve_bytes: int
+
+    def budget(self, index: ModelIndex) -> Budget:
+        """The weights' share of the memory.
+
+        Raises:
+            UserError: nothing is left for them.
+        """
+        return resolve_budget(
+            index, fit=self.total_bytes, context=self.context, batch=self.batch,
+            reserve=max(1, self.reserve_bytes), bits_k=self.kv_bits, bits_v=self.kv_bits,
+        )  # fmt: skip
+
+
+def bounds(index: ModelIndex) -> Bounds:
+    """From about two bits a weight to the model as it is, with room for a cache."""
+    full = index.params * 2 + index.kept_bytes
+    context = 2048
+    kv = index.kv.cache_bytes(context, 1) if index.kv else 0
+    scale, word = ((1 << 30), "GiB") if full >= 2 << 30 else ((1 << 20), "MiB")
+    reserve = full * 0.02
+    step = _nice(full / scale / 200)
+    low = _down(index.params * 0.2 / scale, step)
+    high = _down((full + kv + reserve) * 1.1 / scale, step) + step
+    start = _down((index.params * 4 / 8 + index.kept_bytes + kv + reserve) / scale, step) + step
+    return Bounds(
+        max(step, low),
+        high,
+        start,
+        step,
+        _down(reserve / scale, step),
+        context if index.kv else 0,
+        scale,
+        word,
+    )
+
+
+def _nice(value: float) -> float:
+    """The largest of 1, 2, 5 x 10^k below ``value``."""
+    power = 10.0 ** int(f"{value:e}".split("e")[1])
+    return next(round(m * power, 10) for m in (5, 2, 1) if m * power <= value)
+
+
+def _down(value: float, step: float) -> float:
+    return round(int(value / step) * step, 10)
+
+
+def preferred(metrics: Sequence[str]) -> int:
+    """Index of the metric to start with: the most trustworthy one that was measured."""
+    for name in ("fisher", "fisher_projection", "kl_flip", "hawq_trace", "activation_error"):
+        if name in metrics:
+            return list(metrics).index(name)
+    return 0
+
+
+def usual(measured: Sequence[str]) -> list[str]:
+    """Start with one grouping: the asymmetric groups of 64 if measured, else everything integer."""
+    same = [f for f in measured if re.fullmatch(r"int\d-g64", f)]
+    return same or [f for f in measured if parse_format(f).kind == "int"] or list(measured)
+
+
+def twin(path: str, asked: Asked, pins: Mapping[str, str]) -> str:
+    """The same question for the shell. K/V bits below 16 have no flag there: the budget is then given in bytes."""
+    parts = ["bitatlas", "solve", path, "--metric", asked.metric, "--fit", str(asked.total_bytes)]
+    if asked.context:
+        parts += [
+            "--context",
+            str(asked.context),
+            "--batch",
+            str(asked.batch),
+            "--kv-bits",
+            str(asked.kv_bits),
+        ]
+    parts += [
+        "--reserve",
+        str(max(1, asked.reserve_bytes)),
+        "--formats",
+        ",".join(asked.formats),
+        "--solver",
+        "hull",
+    ]
+    for rule in _rules(pins):
+        parts += ["--pin", rule]
+    return shlex.join([*parts, "-o", "allocation.json"])
+
+
+def _rules(pins: Mapping[str, str]) -> list[str]:
+    """One anchored rule per format, so that a lasso of a hundred experts stays one flag."""
+    by_format: dict[str, list[str]] = {}
+    for unit, name in pins.items():
+        by_format.setdefault(name, []).append(re.escape(unit))
+    return [f"^({'|'.join(units)})$={name}" for name, units in by_format.items()]

@@ -1,0 +1,75 @@
+"""What the Fit page keeps between reruns: the front of a problem, so that the slider only looks up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import streamlit as st
+
+from bitatlas.analysis.schema import Allocation, Provenance, parse_format
+from bitatlas.app import studies
+from bitatlas.app.studies import Study
+from bitatlas.app.views.fit import FitView
+from bitatlas.app.views.fit_controls import Asked
+from bitatlas.app.widgets.data import forget
+from bitatlas.solvers import FrontCache, Problem, get_solver, to_allocation
+
+__all__ = ["allocation", "front", "keep", "sizes", "unit_of"]
+
+
+def front(
+    study: Study, metric: str, formats: tuple[str, ...], pins: Mapping[str, str]
+) -> tuple[Problem, FrontCache]:
+    """The problem and its whole front; solved once per (table, formats, pins), shared by all sessions.
+
+    Raises:
+        UserError: pins or formats that cannot be.
+    """
+    return _front(
+        study.index.digest, study.tables[metric].run, metric, formats, tuple(sorted(pins.items())), study
+    )
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _front(
+    digest: str,
+    run: str,
+    metric: str,
+    formats: tuple[str, ...],
+    pins: tuple[tuple[str, str], ...],
+    _study: Study,
+) -> tuple[Problem, FrontCache]:
+    table = _study.tables[metric].select(formats)
+    ceiling = int(_study.index.bytes_table([parse_format("bf16")]).sum()) * 2
+    problem = Problem.build(_study.index, table, formats, ceiling, pins=dict(pins))
+    return problem, FrontCache.of(problem)
+
+
+def unit_of(metric: str) -> str:
+    """The unit of a metric's values, for axes."""
+    from bitatlas.analysis.metrics import METRICS
+
+    return next((m.UNIT for m in METRICS.values() if metric in m.EMITS), "damage")
+
+
+def sizes(study: Study) -> dict[str, int]:
+    """Allocation id -> weight bytes."""
+    return {a.id: a.weights_bytes for a in study.allocations}
+
+
+def allocation(study: Study, asked: Asked, view: FitView, pins: dict[str, str]) -> Allocation:
+    """What the page shows, as an allocation with its certificate."""
+    problem, _ = front(study, asked.metric, asked.formats, pins)
+    budget = asked.budget(study.index)
+    posed = problem.with_limit(budget.weights_bytes - study.index.kept_bytes)
+    solution = get_solver("hull").solve(posed)
+    provenance = Provenance(model_digest=study.index.digest, model_name=study.index.name,
+                            settings={"run": study.tables[asked.metric].run, "formats": list(asked.formats), "solver": "hull"})  # fmt: skip
+    return to_allocation(posed, solution, study.index, budget=budget, provenance=provenance)
+
+
+def keep(kept: Allocation) -> None:
+    """Store an allocation, so that the other pages see it."""
+    studies.open_store().put_allocation(kept)
+    forget()
+    st.toast("Kept: see Verify and Export", icon=":material/bookmark:")

@@ -1,0 +1,106 @@
+"""The verifying job: allocations run for real on held-out text, against the original."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from bitatlas.analysis.calibration import CalibrationSet, load_tokenizer, make_calibration
+from bitatlas.analysis.loaded import LoadedModel
+from bitatlas.analysis.model_index import index_model
+from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
+from bitatlas.analysis.verify import Verifier
+from bitatlas.app.jobs.work import Work
+from bitatlas.app.work.checkpoint import loadable
+from bitatlas.app.work.parts import load_part, save_part
+from bitatlas.cache.keys import digest
+from bitatlas.cache.store import Store
+
+__all__ = ["VerifyWork"]
+
+
+class VerifyWork(Work):
+    """Parameters are those of `app.tasks.verifying.submit_verify`."""
+
+    KIND = "verify"
+
+    @cached_property
+    def index(self) -> ModelIndex:
+        """The model, as it was when the job was asked for.
+
+        Raises:
+            UserError: the checkpoint changed since.
+        """
+        index = index_model(self.params["model"])
+        if index.digest != self.params["digest"]:
+            raise UserError("the checkpoint changed since this job was submitted", fix="submit it again")
+        return index
+
+    @cached_property
+    def allocations(self) -> dict[str, Allocation]:
+        """Allocation id -> allocation."""
+        store = Store(self.home)
+        return {key: store.allocation(key) for key in self.params["allocations"]}
+
+    @cached_property
+    def text(self) -> CalibrationSet:
+        """The held-out sequences."""
+        p = self.params
+        source = loadable(self.index, self.home)
+        tokenizer = load_tokenizer(source.path)
+        return make_calibration(
+            tokenizer, p["text"], p["tokens"], p["seq_len"], p["seed"], vocab_size=source.vocab_size
+        )
+
+    @cached_property
+    def verifier(self) -> Verifier:
+        """The model in memory; quantised weights are kept between steps."""
+        source = loadable(self.index, self.home)
+        loaded = LoadedModel.open(source)
+        formats = {key: a.formats for key, a in self.allocations.items()}
+        return Verifier(loaded, source, self.text.tokens, formats)
+
+    @property
+    def _parts(self) -> str:
+        return "verify-" + digest(self.params)
+
+    def plan(self) -> list[str]:
+        """A few sequences a step."""
+        return self.verifier.steps()
+
+    def run(self, key: str) -> dict[str, Any]:
+        """One step; its arrays stay on disk until the end."""
+        folder = self.home.runs(self._parts)
+        if load_part(folder, key) is None:
+            save_part(folder, key, self.verifier.run(key))
+        return {"note": key}
+
+    def finish(self) -> dict[str, Any]:
+        """Results per allocation, stored as verifications."""
+        folder = self.home.runs(self._parts)
+        parts = {key: load_part(folder, key) or {} for key in self.verifier.steps()}
+        results, rows = [], []
+        for key, result in self.verifier.results(parts).items():
+            allocation, data = self.allocations[key], result.to_dict()
+            row = {
+                "allocation": key,
+                "model_digest": self.params["digest"],
+                "text_digest": self.text.digest,
+                "text": self.text.source,
+                "tokens": data["tokens"],
+                "kl_mean": data["kl_mean"],
+                "kl_stderr": data["kl_stderr"],
+                "kl_p50": data["kl_p50"],
+                "kl_p99": data["kl_p99"],
+                "flips": data["top1_flips"],
+                "ppl_before": data["ppl_before"],
+                "ppl_after": data["ppl_after"],
+                "floor": data["noise_floor"],
+                "sequences": data["kl_sequences"],
+                "settings": {"seq_len": self.params["seq_len"], "seed": self.params["seed"]},
+            }
+            rows.append(row)
+            about = {"solver": allocation.solver, "metric": allocation.metric, "bits_per_weight": allocation.bits_per_weight,
+                     "weights_bytes": allocation.weights_bytes, "predicted": allocation.predicted}  # fmt: skip
+            results.append({**about, **{k: v for k, v in row.items() if k not in ("sequences", "settings")}})
+        return {"results": results, "verifications": rows}
