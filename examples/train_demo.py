@@ -238,8 +238,9 @@ def main(argv: list[str] | None = None) -> None:
 
     began = time.perf_counter()
     seen = train(model, ids, args)
-    folder = args.out / "model"
-    save(model, tokenizer, folder)
+    # Written aside and swapped in when whole, so that an earlier model is not lost to a failure.
+    draft, folder = args.out / "model.tmp", args.out / "model"
+    save(model, tokenizer, draft)
     shutil.rmtree(args.out / "checkpoint.tmp", ignore_errors=True)
     report = {
         "command": command(args),
@@ -250,9 +251,11 @@ def main(argv: list[str] | None = None) -> None:
         "distinct_training_tokens": len(ids),
         "training_seconds": round(time.perf_counter() - began),
         "held_out_works": [w.name for w in held_out],
-        **measure(folder, text / "eval.txt", args.eval_tokens, 2 * args.context),
+        **measure(draft, text / "eval.txt", args.eval_tokens, 2 * args.context),
     }
-    (folder / "README.md").write_text(readme(report), encoding="utf-8")
+    (draft / "README.md").write_text(readme(report), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
     if args.report:
         args.report.parent.mkdir(parents=True, exist_ok=True)
         args.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
