@@ -12,7 +12,10 @@ import difflib
 
 from bitatlas.analysis.schema import UserError
 from bitatlas.solvers.allocate import choice_of, to_allocation
+from bitatlas.solvers.alphaq import AlphaQRule
+from bitatlas.solvers.baq import Baq
 from bitatlas.solvers.base import PROVED, SOLUTION_PRESENT, STATUSES, Solution, Solver
+from bitatlas.solvers.bisection import Bisection
 from bitatlas.solvers.certificate import Certificate, certify
 from bitatlas.solvers.front_cache import FrontCache, FrontPoint
 from bitatlas.solvers.frontier import frontier
@@ -20,6 +23,7 @@ from bitatlas.solvers.hull import Hull
 from bitatlas.solvers.ilp import Ilp
 from bitatlas.solvers.mckp import Mckp
 from bitatlas.solvers.mixes import Q4KM, AttentionHigh, FirstLast
+from bitatlas.solvers.pmq import Pmq, PmqGlobal
 from bitatlas.solvers.problem import Problem, SideBudget
 from bitatlas.solvers.random_best import RandomBest
 from bitatlas.solvers.uniform import Uniform
@@ -48,6 +52,11 @@ SOLVERS: dict[str, type[Solver]] = {
     "mckp": Mckp,
     "hull": Hull,
     "ilp": Ilp,
+    "baq": Baq,
+    "alphaq": AlphaQRule,
+    "pmq": Pmq,
+    "pmq_global": PmqGlobal,
+    "bisection": Bisection,
     "uniform": Uniform,
     "first_last": FirstLast,
     "attention_high": AttentionHigh,

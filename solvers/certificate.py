@@ -75,7 +75,7 @@ def certify(problem: Problem, choice: np.ndarray) -> Certificate:
         wrong.append(f"{payload} bytes, {problem.limit_bytes} allowed")
     for side in problem.side:
         used = float(side.cost[rows, choice].sum())
-        if used > side.limit * (1 + 1e-9) + 1e-12:
+        if used > side.limit + 1e-9 * abs(side.limit) + 1e-12:
             wrong.append(f"{side.name}: {used:g}, {side.limit:g} allowed")
     objective = float(np.sum(problem.damage[rows, choice]))
     bound = lower_bound(problem) if np.isfinite(objective) else float("nan")

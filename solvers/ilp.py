@@ -132,4 +132,6 @@ def _merge(cost: np.ndarray, c: Classes) -> np.ndarray:
 
 def _within(choice: np.ndarray, sides: list[tuple[np.ndarray, float, str]]) -> bool:
     rows = np.arange(len(choice))
-    return all(float(cost[rows, choice].sum()) <= limit * (1 + 1e-9) + 1e-12 for cost, limit, _ in sides)
+    return all(
+        float(cost[rows, choice].sum()) <= limit + 1e-9 * abs(limit) + 1e-12 for cost, limit, _ in sides
+    )

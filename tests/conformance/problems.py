@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -9,7 +10,14 @@ import numpy as np
 from bitatlas.analysis.schema import TieGroup, UserError
 from bitatlas.solvers import Problem, SideBudget
 
-__all__ = ["brute_force", "random_problem"]
+__all__ = ["brute_force", "random_problem", "solved"]
+
+
+@functools.cache
+def solved(seed: int, ties: bool) -> tuple[Problem, float]:
+    """`random_problem` and its `brute_force` value, computed once for all solvers of a test run."""
+    problem = random_problem(seed, ties=ties)
+    return problem, brute_force(problem)
 
 
 def random_problem(
