@@ -76,4 +76,6 @@ def test_no_pickle_and_no_remote_code():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) != "torch.load", path
-                assert all(k.arg != "trust_remote_code" or ast.unparse(k.value) == "False" for k in node.keywords), path
+                assert all(
+                    k.arg != "trust_remote_code" or ast.unparse(k.value) == "False" for k in node.keywords
+                ), path

@@ -83,12 +83,9 @@ class TestBaqRule:
         # Damage C 2^(-2b) with C a power of 16: the ideal bits are whole.
         bits = np.arange(1, 9)
         c = 16.0 ** np.array([0, 1, 2, 3])
-        problem = Problem.of(
-            c[:, None] * 4.0**-bits, np.tile(bits * 100, (4, 1)), 1800, params=np.full(4, 800)
-        )
-        assert Baq().solve(problem).choice.tolist() == [0, 2, 4, 6] or Baq().solve(
-            problem
-        ).certificate.objective == pytest.approx(get_solver("mckp").solve(problem).certificate.objective)
+        size = np.tile(bits * 100, (4, 1))
+        problem = Problem.of(c[:, None] * 4.0**-bits, size, 1600, params=np.full(4, 800))
+        assert Baq().solve(problem).choice.tolist() == [0, 2, 4, 6]
 
     def test_near_the_optimum_on_log_linear_damage(self):
         rng = np.random.default_rng(1)
