@@ -33,7 +33,7 @@ log = logging.getLogger("bitatlas.worker")
 _POLL_S = 0.5
 _ACTIVE = ["PENDING", "ENQUEUED", "DELAYED"]
 # A job that DBOS calls running but nobody runs: its execution broke off, for instance on a full disk.
-_LOST_S = 20.0
+_LOST_S = 10.0
 
 
 def worker_lock(home: Home) -> FileLock:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from filelock import Timeout
@@ -34,6 +36,10 @@ _MAX_STARTS = 5
 
 # A worker needs a moment until it holds its lock; meanwhile nobody here starts another one.
 _START_S = 3.0
+
+# A running job that is silent for so long on a disk with so little left could not even write that it failed.
+_SILENT_S = 5.0
+_LITTLE_BYTES = 1 << 20
 
 _started: dict[str, float] = {}
 _clients: dict[str, Any] = {}
@@ -261,9 +267,25 @@ class Jobs:
             failed = [s["function_id"] for s in client.list_workflow_steps(job) if s["error"] is not None]
             first = min(failed, default=1)
             client.rewind_workflow(job, start_step=first, queue_name=QUEUE, application_version=APP_VERSION)
+        elif self._shared() and self._status(client, found, self.worker_alive()).state == "interrupted":
+            # Its machine may never come back: take the job from it. Should it come back, it finds itself replaced.
+            client.cancel_workflow(job)
+            client.resume_workflow(job, queue_name=QUEUE)
 
     def _status(self, client: Any, found: Any, alive: bool) -> JobStatus:
         progress = None
         if found.status != "SUCCESS":
             progress = client.get_event(found.workflow_id, PROGRESS, timeout_seconds=0)
-        return make_status(found, progress, alive, shared=not jobs_url(self.home).startswith("sqlite"))
+        status = make_status(found, progress, alive, shared=self._shared())
+        if status.state == "running" and (status.heartbeat_age_s or 0) > _SILENT_S:
+            free = shutil.disk_usage(self.home.root).free
+            note = (
+                "the disk is full: free some space and the job goes on"
+                if free < _LITTLE_BYTES
+                else status.note
+            )
+            return replace(status, note=note)
+        return status
+
+    def _shared(self) -> bool:
+        return not jobs_url(self.home).startswith("sqlite")

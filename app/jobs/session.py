@@ -69,6 +69,7 @@ class Session:
         self.store = Store(home, wait_s=60.0)
         self.progress = Progress()
         self.stopped = threading.Event()
+        self.described: list[dict[str, Any]] = []
         self.runs: list[str] = []
         self.known: set[str] = set()
         self._engine: subprocess.Popen[bytes] | None = None

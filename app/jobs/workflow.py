@@ -92,21 +92,17 @@ def _store(session: Session, key: str, rows: Any) -> int:
     return sum(len(r or []) for r in by_run.values())
 
 
-def _begin(session: Session, runs: list[dict[str, Any]]) -> None:
-    for run in runs:
-        session.store.begin_run(**run)
-
-
 @DBOS.step(name="plan")
 def _plan() -> dict[str, Any]:
     session = _mine()
     plan = _ask(session, {"do": "plan"})
-    _begin(session, plan["runs"])
-    return {"steps": list(plan["steps"]), "runs": [run["run"] for run in plan["runs"]]}
+    return {"steps": list(plan["steps"]), "runs": list(plan["runs"])}
 
 
 def _learn(session: Session) -> None:
-    """Look up which steps the store has: those that every run of the job has."""
+    """See to it that the store knows the runs, and look up the steps that it has for all of them."""
+    for run in session.described:
+        session.store.begin_run(**run)
     done = [session.store.steps_done(run) for run in session.runs]
     session.known = set.intersection(*done) if done else set()
 
@@ -165,7 +161,8 @@ def run_job(kind: str, params: dict[str, Any]) -> dict[str, Any]:
     session = _open(str(DBOS.workflow_id), kind, params)
     try:
         plan = _plan()
-        session.runs = plan["runs"]
+        session.described = plan["runs"]
+        session.runs = [run["run"] for run in plan["runs"]]
         session.progress.total = len(plan["steps"])
         _run_units(session, plan["steps"])
         again = _missing(plan["steps"])
