@@ -21,7 +21,7 @@ from bitatlas.analysis.gguf_header import read_gguf_header
 from bitatlas.analysis.gguf_names import hf_config, index_gguf
 from bitatlas.kernels.errors import UserError
 
-__all__ = ["import_gguf"]
+__all__ = ["convert", "import_gguf"]
 
 
 def import_gguf(path: str | Path, out_dir: str | Path) -> Path:
@@ -65,8 +65,12 @@ def import_gguf(path: str | Path, out_dir: str | Path) -> Path:
     return out
 
 
-def _convert(source: Path, out: Path) -> None:
-    """Child process: load through transformers, check that every parameter was filled, save."""
+def convert(source: Path, out: Path) -> None:
+    """What the child process does: load ``source/model.gguf`` through transformers, save it as bf16 into ``out``.
+
+    Raises:
+        SystemExit: the file has no value for some parameter.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -86,7 +90,11 @@ def _convert(source: Path, out: Path) -> None:
         raise SystemExit(f"no value in the GGUF for {len(lost)} parameters, such as {lost[0]}")
     # The importer's paths would otherwise stand in the saved config.
     model.config._name_or_path = ""
+    # The GGUF loader fills fused experts and records that nothing was converted; the usual names are one per expert.
+    model._weight_conversions = None
     model.save_pretrained(out)
+    for weights in out.glob("*.safetensors"):
+        weights.chmod(0o644)  # the library writes them for the owner alone
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     tokenizer.save_pretrained(out)
     settings = out / "tokenizer_config.json"
@@ -97,4 +105,4 @@ def _convert(source: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    _convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -140,7 +140,10 @@ def hf_config(header: GgufHeader) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in tensors,
     }  # fmt: skip
     if arch == "gpt2":
-        return config
+        positions = tensors.get("position_embd.weight")
+        if positions is not None:
+            config["n_positions"] = positions.shape[0]
+        return config | {"n_inner": number("feed_forward_length") or None}
     config["num_key_value_heads"] = number("attention.head_count_kv") or heads
     q = tensors.get("blk.0.attn_q.weight")
     config["head_dim"] = number("attention.key_length") or (q.shape[0] // heads if q else hidden // heads)

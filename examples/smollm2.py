@@ -92,6 +92,7 @@ def write_permuted(source: Path, out: Path) -> float:
         if not difference <= TOLERANCE:
             raise SystemExit(f"the permuted model is another function: logits differ by {difference:.3g}")
         work.chmod(0o755)
+        (work / "model.safetensors").chmod(0o644)
         os.replace(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -127,6 +127,7 @@ def main() -> None:
         if not difference <= TOLERANCE:
             raise SystemExit(f"the MoE is another function: logits differ by {difference:.3g}")
         work.chmod(0o755)
+        (work / "model.safetensors").chmod(0o644)
         os.replace(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)

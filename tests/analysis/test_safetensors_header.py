@@ -104,12 +104,12 @@ MALFORMED = {
 def test_malformed(tmp_path, case):
     header, data, words = MALFORMED[case]
     path = raw_file(tmp_path / "bad.safetensors", header, data)
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(UserError, match="bad.safetensors") as caught:
         read_header(path)
     assert words in str(caught.value)
     assert len(str(caught.value)) < 600
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 @pytest.mark.parametrize("size", [0, 1, 7])
