@@ -9,7 +9,7 @@ import streamlit as st
 
 from bitatlas.analysis.schema import UserError
 from bitatlas.app.screens import SCREENS, Screen
-from bitatlas.app.theme import favicon
+from bitatlas.app.theme import favicon, logo
 from bitatlas.app.widgets.boxes import error_box
 from bitatlas.app.widgets.frame import STYLE, draw_frame
 
@@ -26,6 +26,7 @@ def _drawn(screen: Screen) -> Callable[[], None]:
 def main() -> None:
     """Draw the frame and the page in it."""
     st.set_page_config(page_title="bitatlas", page_icon=favicon(), layout="wide", initial_sidebar_state=200)
+    st.logo(logo(), size="large")
     st.html(STYLE)
     menu: dict[str, list[st.Page]] = {}
     for screen in SCREENS:

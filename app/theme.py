@@ -12,7 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 from PIL import Image
 
-__all__ = ["BIT_COLOURS", "DARK", "LIGHT", "Palette", "bit_colour", "favicon", "palette", "template"]
+__all__ = ["BIT_COLOURS", "DARK", "LIGHT", "Palette", "bit_colour", "favicon", "logo", "palette", "template"]
 
 # Monotone in luminance (few bits = bright), readable on white and on near-black.
 BIT_COLOURS: dict[int, str] = {
@@ -70,11 +70,24 @@ def bit_colour(bits: int) -> str:
     return BIT_COLOURS[min((b for b in BIT_COLOURS if b >= bits), default=16)]
 
 
+_TILES = ((2, 3, 5, 8), (3, 2, 4, 6), (4, 5, 3, 16), (8, 6, 16, 4))
+
+
 def favicon() -> Image.Image:
     """A little map, 32 x 32. Drawn here because an icon font would be fetched from outside."""
-    rows = ((2, 3, 5, 8), (3, 2, 4, 6), (4, 5, 3, 16), (8, 6, 16, 4))
-    tiles = np.array([[[int(BIT_COLOURS[b][i : i + 2], 16) for i in (1, 3, 5)] for b in row] for row in rows])
+    tiles = np.array([[[int(BIT_COLOURS[b][i : i + 2], 16) for i in (1, 3, 5)] for b in row] for row in _TILES])
     return Image.fromarray(np.kron(tiles, np.ones((8, 8, 1))).astype(np.uint8))
+
+
+def logo() -> str:
+    """The same map with the name beside it, as SVG; the grey reads on both themes."""
+    squares = "".join(
+        f'<rect x="{6 * x}" y="{6 * y}" width="5" height="5" rx="1" fill="{BIT_COLOURS[b]}"/>'
+        for y, row in enumerate(_TILES)
+        for x, b in enumerate(row)
+    )
+    name = '<text x="33" y="18" font-family="sans-serif" font-size="17" font-weight="600" fill="#6f8096">bitatlas</text>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="110" height="24" viewBox="0 0 110 24">{squares}{name}</svg>'
 
 
 def template(p: Palette) -> go.layout.Template:
@@ -95,6 +108,5 @@ def template(p: Palette) -> go.layout.Template:
             "hoverlabel": {"bgcolor": p.paper, "bordercolor": p.grid, "font": {"color": p.ink, "size": 13}},
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"color": p.ink}},
             "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": p.muted, "activecolor": p.accent},
-            "dragmode": "select",
         }
     )

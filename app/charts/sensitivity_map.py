@@ -16,67 +16,56 @@ from bitatlas.app.views.sensitivity_map import MapView
 
 __all__ = ["HEIGHT", "figure"]
 
-HEIGHT = 560
+HEIGHT = 540
+_WIDTH = 1050  # of the plot on a 1440-pixel screen; only the density of labels depends on it
 _NAMES_UP_TO = 1500
 
 
 def figure(view: MapView, palette: Palette, keys: tuple[str, ...], selected: np.ndarray | None = None) -> go.Figure:  # fmt: skip
     """Draw ``view``; ``keys`` are the unit names for the hover, ``selected`` cell ids to show as selected."""
     fig = go.Figure(layout={"template": template(palette), "height": HEIGHT, "uirevision": "map"})
-    wide = len(view.panels) > 1
-    gap = 0.045
-    share = _role_share(view) if wide else 1.0
-    for i, panel in enumerate(view.panels):
-        axis = "" if i == 0 else str(i + 1)
-        domain = [0.0, 1.0] if not wide else ([0.0, share] if i == 0 else [share + gap, 1.0])
+    two = len(view.panels) > 1
+    share = min(0.3, 0.05 + 0.026 * len(view.panels[0].x)) if two else 1.0
+    domains = ([0.0, share], [share + 0.02, 1.0]) if two else ([0.0, 1.0],)
+    for i, (panel, domain) in enumerate(zip(view.panels, domains)):
+        axis = str(i + 1) if i else ""
         _add_panel(fig, view, panel, axis, palette, keys, selected)
-        fig.update_layout(
-            {f"xaxis{axis}": _axis(panel.x, panel.x_title, domain, 1100 * (domain[1] - domain[0]))}
-        )
-        y = _axis(panel.y, panel.y_title if i == 0 else "", None, 0)
-        y |= {"autorange": "reversed", "anchor": f"x{axis}"}
-        fig.update_layout({f"yaxis{axis}": y})
+        x = _axis(panel.x, panel.x_title, _WIDTH * (domain[1] - domain[0]) / 26)
+        x |= {"domain": domain, "tickangle": -90 if two and panel.kind == "roles" else 0}
+        y = _axis(panel.y, "" if i else panel.y_title, HEIGHT / 20)
+        y |= {"range": [len(panel.y) - 0.5, -0.5], "anchor": f"x{axis}"}
+        if i:
+            y |= {"matches": "y", "showticklabels": False}
+        fig.update_layout({f"xaxis{axis}": x, f"yaxis{axis}": y})
+    _legend(fig, view, palette)
     fig.update_layout(
-        coloraxis={
-            "colorscale": palette.damage,
-            "colorbar": _colorbar(view),
-        },
+        coloraxis={"colorscale": palette.damage, "colorbar": _colorbar(view, palette)},
         hovermode="closest",
         hoverdistance=60,
-        showlegend=True,
-        margin={"l": 8, "r": 8, "t": 30, "b": 8},
+        dragmode="select",
+        margin={"l": 8, "r": 8, "t": 28, "b": 8},
         newselection={"line": {"color": palette.accent, "width": 1.5, "dash": "solid"}},
     )
     return fig
 
 
-def _role_share(view: MapView) -> float:
-    """Width of the role panel: a third at most, never thinner than its labels need."""
-    return min(0.3, max(0.12, 0.03 * len(view.panels[0].x)))
-
-
-def _axis(
-    labels: tuple[str, ...], title: str, domain: list[float] | None, pixels: float
-) -> dict[str, object]:
+def _axis(labels: tuple[str, ...], title: str, room: float) -> dict[str, object]:
+    """An axis of squares with at most ``room`` labels, at round layer and expert numbers."""
     n = len(labels)
-    step = 1 if n <= 40 else 2 if n <= 64 else 8 if n <= 160 else 16
-    if pixels and n > pixels / 18:
-        step = max(step, next(s for s in (2, 4, 5, 8, 10, 16, 20, 32, 64, 10**9) if n / s <= pixels / 24))
-    if any(not t.isdigit() for t in labels) and n <= 40:
-        step = 1
-    at = list(range(0, n, step))
-    axis: dict[str, object] = {
+    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, n) if n / s <= max(room, 1))
+    at = [i for i, t in enumerate(labels) if not t.isdigit() or int(t) % step == 0]
+    if step > 1 and labels[:2] == ("outside", "0"):
+        at.remove(1)
+    return {
         "title": {"text": title}, "tickmode": "array", "tickvals": at, "ticktext": [labels[i] for i in at],
-        "showgrid": False, "range": [-0.5, n - 0.5], "tickangle": 0 if n <= 60 else None,
+        "showgrid": False, "range": [-0.5, n - 0.5],
     }  # fmt: skip
-    if domain:
-        axis["domain"] = domain
-    return axis
 
 
-def _colorbar(view: MapView) -> dict[str, object]:
+def _colorbar(view: MapView, palette: Palette) -> dict[str, object]:
     bar: dict[str, object] = {
-        "title": {"text": view.unit, "side": "right"}, "thickness": 12, "outlinewidth": 0, "x": 1.01,
+        "title": {"text": view.unit, "side": "right", "font": {"size": 13, "color": palette.muted}}, "thickness": 12,
+        "outlinewidth": 0, "x": 1.01, "tickfont": {"color": palette.muted}, "len": 1, "y": 0.5,
     }  # fmt: skip
     if view.log:
         z = np.concatenate([p.z[np.isfinite(p.z)] for p in view.panels]) if view.panels else np.zeros(0)
@@ -115,30 +104,39 @@ def _add_panel(
     for mask, name in ((known, "known"), (~known, "unknown")):
         if mask.any():
             fig.add_trace(_ghost(view, p, mask, name == "unknown", palette, keys, selected).update(on))
-    if axis:
-        return
-    legend = []
-    if any((q.state == UNKNOWN).any() for q in view.panels):
-        legend.append(("unknown: never reached", palette.unknown))
-    if any((q.state == BELOW_FLOOR).any() for q in view.panels):
-        legend.append(("at or below the noise floor", palette.below_floor))
-    for name, colour in legend:
-        marker = {
-            "symbol": "square",
-            "size": 12,
-            "color": colour,
-            "line": {"width": 1, "color": palette.grid},
-        }
-        fig.add_scatter(
-            x=[None], y=[None], mode="markers", marker=marker, name=name, hoverinfo="skip", showlegend=True
-        )
+
+
+def _legend(fig: go.Figure, view: MapView, palette: Palette) -> None:
+    for state, name, colour in (
+        (UNKNOWN, "unknown: never reached", palette.unknown),
+        (BELOW_FLOOR, "at or below the noise floor", palette.below_floor),
+    ):
+        if any((p.state == state).any() for p in view.panels):
+            marker = {
+                "symbol": "square",
+                "size": 12,
+                "color": colour,
+                "line": {"width": 1, "color": palette.grid},
+            }
+            fig.add_scatter(
+                x=[None],
+                y=[None],
+                mode="markers",
+                marker=marker,
+                name=name,
+                hoverinfo="skip",
+                showlegend=True,
+            )
 
 
 def _ghost(
     view: MapView, p: MapPanel, mask: np.ndarray, hatch: bool, palette: Palette, keys: tuple[str, ...], selected: np.ndarray | None,
 ) -> go.Scattergl:  # fmt: skip
     cells = p.cell[mask]
-    data = np.stack([cells, p.value[mask], p.stderr[mask], p.rank[mask], p.expert[mask]], axis=1)
+    # float32 holds ids below 16 million exactly, in half the bytes.
+    data = np.stack([cells, p.value[mask], p.stderr[mask], p.rank[mask], p.expert[mask]], axis=1).astype(
+        np.float32
+    )
     unit = "" if not view.unit else f" {view.unit}"
     named = len(p.cell) <= _NAMES_UP_TO and p.size.max() == 1
     where = (

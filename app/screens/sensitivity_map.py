@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 import streamlit as st
 
@@ -17,6 +15,7 @@ from bitatlas.app.widgets.boxes import empty_state, error_box
 from bitatlas.app.widgets.data import the_study
 from bitatlas.app.widgets.frame import title
 from bitatlas.app.widgets.look import current_palette
+from bitatlas.app.widgets.picking import picked
 from bitatlas.app.widgets.twin import cli_twin, command, downloads
 
 __all__ = ["page"]
@@ -42,7 +41,7 @@ def page() -> None:
 
 def _controls(study: Study) -> views.MapControls:
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
-        metric = st.selectbox("Metric", list(study.tables), key="metric", bind="query-params", width=220)
+        metric = st.selectbox("Metric", list(study.tables), key="metric", bind="query-params", width=200)
         formats = study.tables[metric].formats
         chosen, normalise, projection, ordered = NO_FORMAT, "as measured", views.ALL, False
         if formats != (NO_FORMAT,):
@@ -50,10 +49,10 @@ def _controls(study: Study) -> views.MapControls:
             chosen = start
             if len(formats) > 1:
                 chosen = st.select_slider(
-                    "Format", formats, start, key="format", bind="query-params", width=330
+                    "Format", formats, start, key="format", bind="query-params", width=250
                 )
             normalise = st.selectbox(
-                "Show", list(views.NORMALISE), key="show", bind="query-params", width=170
+                "Show", list(views.NORMALISE), key="show", bind="query-params", width=150
             )
         names = views.projections(study)
         if names:
@@ -76,10 +75,7 @@ def _chart(study: Study, view: views.MapView, controls: views.MapControls) -> No
     key = "map_chart"
 
     def chosen() -> None:
-        event: dict[str, Any] = st.session_state.get(key) or {}
-        points = event.get("selection", {}).get("points", [])
-        ids = {int(p["customdata"][0]) for p in points if p.get("customdata")}
-        state.select(view.units_of(ids), from_chart=True)
+        state.select(view.units_of(picked(key)), from_chart=True)
 
     name = f"{study.index.name}-{controls.metric}-{controls.format}"
     st.plotly_chart(
@@ -105,7 +101,7 @@ def _search(study: Study) -> None:
 
 def _selected(study: Study, view: views.MapView, controls: views.MapControls) -> None:
     table = unit_table.build(study, view, controls, state.selection(), state.pins())
-    st.markdown(f"##### {table.title}")
+    st.markdown(f"#### {table.title}")
     frame = pd.DataFrame(dict(table.columns))
     st.dataframe(frame, hide_index=True, height=300)
     line = command("measure", study.index.path, metric=controls.metric, formats=controls.format)

@@ -61,11 +61,15 @@ class MapPanel:
     size: np.ndarray
 
 
-def role_panel(columns: UnitColumns, ids: np.ndarray, measured: Measured, first: int, *, layers_on_x: bool) -> tuple[MapPanel, np.ndarray]:  # fmt: skip
-    """Layer x role over the units ``ids``; also returns the cell id of each of them."""
-    layers, layer_at = np.unique(columns.layer[ids], return_inverse=True)
+def role_panel(columns: UnitColumns, ids: np.ndarray, measured: Measured, first: int, layers: np.ndarray, *, layers_on_x: bool) -> tuple[MapPanel, np.ndarray]:  # fmt: skip
+    """Layer x role over the units ``ids``; also returns the cell id of each of them.
+
+    Args:
+        first: id of the first cell; layers: the layers of the axis, sorted, -1 = outside the blocks.
+    """
+    layer_at = np.searchsorted(layers, columns.layer[ids])
     codes, role_at = np.unique(columns.role[ids], return_inverse=True)
-    layer_names = tuple("outside" if n < 0 else str(n) for n in layers)
+    layer_names = _names(layers)
     role_names = tuple(columns.roles[c] for c in codes)
     if layers_on_x:
         names = (layer_names, role_names, "layer", "role", layer_at, role_at)
@@ -74,14 +78,17 @@ def role_panel(columns: UnitColumns, ids: np.ndarray, measured: Measured, first:
     return _panel("roles", columns, ids, measured, first, *names, sort=False)
 
 
-def expert_panel(columns: UnitColumns, ids: np.ndarray, measured: Measured, first: int, *, sort: bool) -> tuple[MapPanel, np.ndarray]:  # fmt: skip
+def expert_panel(columns: UnitColumns, ids: np.ndarray, measured: Measured, first: int, layers: np.ndarray, *, sort: bool) -> tuple[MapPanel, np.ndarray]:  # fmt: skip
     """Layer x expert over the expert units ``ids``; with ``sort`` each layer's experts in order of falling value."""
-    layers, layer_at = np.unique(columns.layer[ids], return_inverse=True)
+    layer_at = np.searchsorted(layers, columns.layer[ids])
     n = int(columns.expert[ids].max()) + 1
     x_title = "experts of the layer, worst first" if sort else "expert"
     x = tuple(str(i) for i in range(n))
-    y = tuple(str(n) for n in layers)
-    return _panel("experts", columns, ids, measured, first, x, y, x_title, "layer", columns.expert[ids], layer_at, sort=sort)  # fmt: skip
+    return _panel("experts", columns, ids, measured, first, x, _names(layers), x_title, "layer", columns.expert[ids], layer_at, sort=sort)  # fmt: skip
+
+
+def _names(layers: np.ndarray) -> tuple[str, ...]:
+    return tuple("outside" if n < 0 else str(n) for n in layers)
 
 
 def _panel(

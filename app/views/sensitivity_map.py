@@ -116,12 +116,15 @@ def build(study: Study, controls: MapControls) -> MapView:
     if moe and controls.projection != ALL:
         routed = routed[c.role[routed] == c.roles.index(controls.projection)]
     panels: list[MapPanel] = []
+    layers = np.unique(c.layer)  # one axis for both panels, so that their rows line up
     if len(plain):
-        panel, unit_cell[plain] = role_panel(c, plain, measured, 0, layers_on_x=not moe)
+        panel, unit_cell[plain] = role_panel(c, plain, measured, 0, layers, layers_on_x=not moe)
         panels.append(panel)
     if len(routed):
         first = len(panels[0].cell) if panels else 0
-        panel, unit_cell[routed] = expert_panel(c, routed, measured, first, sort=controls.sort_experts)
+        panel, unit_cell[routed] = expert_panel(
+            c, routed, measured, first, layers, sort=controls.sort_experts
+        )
         panels.append(panel)
     title, subtitle = _words(study, table, controls, measured)
     unit = metric_unit(controls.metric) + (NORMALISE[controls.normalise] if log else "")

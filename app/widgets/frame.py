@@ -23,7 +23,7 @@ STYLE = """<style>
 
 def title(answer: str, detail: str = "") -> None:
     """The page's answer as its title, and one line on what it rests on."""
-    st.markdown(f"### {_plain(answer)}")
+    st.markdown(f"## {_plain(answer)}")
     if detail:
         st.caption(_plain(detail))
 
@@ -40,10 +40,10 @@ def draw_frame() -> None:
         state.restore(digest)
         study = the_study()
         problem = state.sync(study)
-        st.markdown(budget_chip(state.budget()), help="Bytes the current plan uses, of those it may use. Set on the Fit page.")  # fmt: skip
+        st.markdown(budget_chip(state.budget()))
         with st.container(horizontal=True, vertical_alignment="center", width="content", gap="small"):
             chosen = state.selection()
-            st.markdown(selection_chip(len(chosen)), help="Units selected on the map; they stay selected on every page.")  # fmt: skip
+            st.markdown(selection_chip(len(chosen)))
             if len(chosen):
                 st.button("clear", key="clear_selection", type="tertiary", on_click=_clear)
         st.space("stretch")
