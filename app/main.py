@@ -23,17 +23,20 @@ def _drawn(screen: Screen) -> Callable[[], None]:
     return draw
 
 
+def _home() -> None:
+    st.switch_page(st.session_state["_pages"][SCREENS[0].name])
+
+
 def main() -> None:
     """Draw the frame and the page in it."""
     st.set_page_config(page_title="bitatlas", page_icon=favicon(), layout="wide", initial_sidebar_state=200)
     st.logo(logo(), size="large")
     st.html(STYLE)
-    menu: dict[str, list[st.Page]] = {}
+    # A page of its own, so that every page in the menu has an address, the first one too.
+    home = st.Page(_home, title="bitatlas", default=True, visibility="hidden")
+    menu: dict[str, list[st.Page]] = {"": [home]}
     for screen in SCREENS:
-        page = st.Page(
-            _drawn(screen), title=screen.title, icon=screen.icon, url_path=screen.address,
-            default=screen is SCREENS[0],
-        )  # fmt: skip
+        page = st.Page(_drawn(screen), title=screen.title, icon=screen.icon, url_path=screen.address)
         menu.setdefault(screen.section, []).append(page)
         st.session_state.setdefault("_pages", {})[screen.name] = page
     chosen = st.navigation(menu, expanded=True)

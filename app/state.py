@@ -7,6 +7,7 @@ Streamlit drops unbound parameters on a page switch. The URL wins when it says s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from urllib.parse import urlencode
 
@@ -20,8 +21,10 @@ from bitatlas.app.studies import Study, home
 __all__ = [
     "KEYS",
     "budget",
+    "choose_study",
     "edits",
     "free_selection",
+    "job",
     "link",
     "pin_selection",
     "pins",
@@ -31,11 +34,12 @@ __all__ = [
     "selection",
     "selection_epoch",
     "set_budget",
+    "set_job",
     "sync",
     "undo",
 ]
 
-KEYS = ("sel", "pins", "budget")
+KEYS = ("sel", "pins", "budget", "job")
 _SEEN = "_url:"
 
 
@@ -70,6 +74,12 @@ def _adopt(key: str, text: str, study: Study | None) -> None:
         _bump()
     elif key == "pins":
         st.session_state["_edits"] = decode_pins(text, units)
+    elif key == "job":
+        if not re.fullmatch(r"[\w-]{1,64}", text):
+            raise UserError(
+                "the job in this link cannot be read", found=text[:80], fix="choose a job on the Run page"
+            )
+        st.session_state["_job"] = text
     else:
         used, _, limit = text.partition("-")
         if not (used.isdigit() and limit.isdigit()):
@@ -170,6 +180,22 @@ def set_budget(used_bytes: int, limit_bytes: int) -> None:
     """Set by the Fit page; shown on every page."""
     st.session_state["_budget"] = (int(used_bytes), int(limit_bytes))
     _write("budget", f"{int(used_bytes)}-{int(limit_bytes)}")
+
+
+def job() -> str:
+    """The job in view, "" for none."""
+    return st.session_state.get("_job", "")
+
+
+def set_job(job: str) -> None:
+    """Look at this job."""
+    st.session_state["_job"] = job
+    _write("job", job)
+
+
+def choose_study(label: str) -> None:
+    """Make the study with this label (`StudyInfo.label`) the current one; in a callback."""
+    st.session_state["study"] = label
 
 
 def link() -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bitatlas.analysis.schema import NO_FORMAT, ModelIndex, SensitivityTable
+from bitatlas.analysis.model_index import index_model
+from bitatlas.analysis.schema import NO_FORMAT, ModelIndex, SensitivityTable, UserError
 from bitatlas.cache.paths import Home
 from bitatlas.cache.plans import PlanInfo
 from bitatlas.cache.store import Store
@@ -23,6 +25,7 @@ __all__ = [
     "Study",
     "StudyInfo",
     "UnitColumns",
+    "freshness",
     "home",
     "list_studies",
     "load_study",
@@ -174,3 +177,13 @@ def load_study(store: Store, digest: str) -> Study:
     keys = index.unit_keys()
     tables = {name: store.table(info.run, name, keys) for name, info in _newest(store, digest).items()}
     return Study(index, tables, tuple(store.allocations(digest)), tuple(store.verifications(digest)))
+
+
+def freshness(info: StudyInfo) -> str:
+    """``fresh``: the checkpoint on disk is the one measured; ``changed``; ``missing`` (or no longer readable)."""
+    if not Path(info.path).exists():
+        return "missing"
+    try:
+        return "fresh" if index_model(info.path).digest == info.digest else "changed"
+    except UserError:
+        return "missing"

@@ -75,7 +75,9 @@ _TILES = ((2, 3, 5, 8), (3, 2, 4, 6), (4, 5, 3, 16), (8, 6, 16, 4))
 
 def favicon() -> Image.Image:
     """A little map, 32 x 32. Drawn here because an icon font would be fetched from outside."""
-    tiles = np.array([[[int(BIT_COLOURS[b][i : i + 2], 16) for i in (1, 3, 5)] for b in row] for row in _TILES])
+    tiles = np.array(
+        [[[int(BIT_COLOURS[b][i : i + 2], 16) for i in (1, 3, 5)] for b in row] for row in _TILES]
+    )
     return Image.fromarray(np.kron(tiles, np.ones((8, 8, 1))).astype(np.uint8))
 
 
@@ -92,20 +94,25 @@ def logo() -> str:
 
 def template(p: Palette) -> go.layout.Template:
     """Plotly template: quiet grid, the page's own font and ink, transparent background."""
+    family = '"Source Sans", "Source Sans 3", sans-serif'
     axis = {
         "gridcolor": p.grid, "zeroline": False, "linecolor": p.grid, "ticks": "", "automargin": True,
         "title": {"font": {"size": 13, "color": p.muted}, "standoff": 8}, "tickfont": {"color": p.muted, "size": 12},
     }  # fmt: skip
     return go.layout.Template(
         layout={
-            "font": {"family": '"Source Sans", "Source Sans 3", sans-serif', "size": 13, "color": p.ink},
+            "font": {"family": family, "size": 13, "color": p.ink},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "xaxis": axis,
             "yaxis": axis,
             "colorway": [BIT_COLOURS[b] for b in (4, 8, 3, 16, 5, 2, 6)],
             "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
-            "hoverlabel": {"bgcolor": p.paper, "bordercolor": p.grid, "font": {"color": p.ink, "size": 13}},
+            "hoverlabel": {
+                "bgcolor": p.paper,
+                "bordercolor": p.grid,
+                "font": {"family": family, "color": p.ink, "size": 13},
+            },
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"color": p.ink}},
             "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": p.muted, "activecolor": p.accent},
         }

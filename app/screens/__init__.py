@@ -20,6 +20,7 @@ class Screen:
 
 SCREENS: tuple[Screen, ...] = (
     Screen("library", "Measure", "Library", ":material/folder_open:", "library"),
+    Screen("run", "Measure", "Run", ":material/play_circle:", "run"),
     Screen("sensitivity_map", "Understand", "Map", ":material/grid_on:", "map"),
     Screen("fit", "Decide", "Fit", ":material/memory:", "fit"),
     Screen("verify", "Ship", "Verify", ":material/fact_check:", "verify"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pandas as pd
 import streamlit as st
 
-from bitatlas.analysis.schema import NO_FORMAT, UserError
+from bitatlas.analysis.schema import FORMATS, NO_FORMAT, UserError
 from bitatlas.app import state
 from bitatlas.app.charts import sensitivity_map as chart
 from bitatlas.app.studies import Study
 from bitatlas.app.views import sensitivity_map as views
 from bitatlas.app.views import unit_table
+from bitatlas.app.views.words import count
 from bitatlas.app.widgets.boxes import empty_state, error_box
 from bitatlas.app.widgets.data import the_study
 from bitatlas.app.widgets.frame import title
@@ -35,8 +38,8 @@ def page() -> None:
     with head:
         title(view.title, view.subtitle)
     _chart(study, view, controls)
-    _search(study)
-    _selected(study, view, controls)
+    _tools(study, controls)
+    _units(study, view, controls)
 
 
 def _controls(study: Study) -> views.MapControls:
@@ -85,25 +88,64 @@ def _chart(study: Study, view: views.MapView, controls: views.MapControls) -> No
     )  # fmt: skip
 
 
-def _search(study: Study) -> None:
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        pattern = st.text_input("Search units by name (regular expression)", key="search", bind="query-params",
-                                placeholder=r"layers\.(0|29)\..*down", width=420)  # fmt: skip
-        if not pattern:
-            return
-        try:
-            found = views.search(study, pattern)
-        except UserError as e:
-            error_box(e)
-            return
-        st.button(f"Select {len(found):,} matches", on_click=state.select, args=(found,), disabled=not len(found), key="select_matches")  # fmt: skip
+def _tools(study: Study, controls: views.MapControls) -> None:
+    """Search on the left; what to do with the selection on the right."""
+    with st.container(horizontal=True, vertical_alignment="bottom", key="map_tools"):
+        pattern = st.text_input("Search by name (regular expression)", key="search", bind="query-params",
+                                placeholder=r"layers\.(0|29)\..*down", width=290)  # fmt: skip
+        found, problem = None, None
+        if pattern:
+            try:
+                found = views.search(study, pattern)
+                st.button(f"Select {count(len(found), 'match', 'es')}", on_click=state.select, args=(found,),
+                          disabled=not len(found), key="select_matches")  # fmt: skip
+            except UserError as e:
+                problem = e
+        st.space("stretch")
+        nothing = not len(state.selection())
+        formats = [f for f in study.tables[controls.metric].formats if f != NO_FORMAT] or list(FORMATS)
+        name = st.selectbox("Pin the selection to", [*formats, "bf16"], index=len(formats) - 1, key="pin_format", width=170)  # fmt: skip
+        st.button("Pin", key="pin", icon=":material/keep:", on_click=state.pin_selection, args=(name,), disabled=nothing,
+                  shortcut="P", help="The Fit page keeps pinned units at their format.")  # fmt: skip
+        st.button(
+            "Free", key="free", icon=":material/keep_off:", on_click=state.free_selection, disabled=nothing
+        )
+        edits = state.edits()
+        st.button("", key="undo", icon=":material/undo:", on_click=state.undo, disabled=not edits.can_undo,
+                  shortcut="Ctrl+Z", help="Take the last pin back")  # fmt: skip
+        st.button("", key="redo", icon=":material/redo:", on_click=state.redo, disabled=not edits.can_redo,
+                  shortcut="Ctrl+Shift+Z", help="Pin again")  # fmt: skip
+    if problem:
+        error_box(problem)
 
 
-def _selected(study: Study, view: views.MapView, controls: views.MapControls) -> None:
+def _units(study: Study, view: views.MapView, controls: views.MapControls) -> None:
     table = unit_table.build(study, view, controls, state.selection(), state.pins())
-    st.markdown(f"#### {table.title}")
     frame = pd.DataFrame(dict(table.columns))
-    st.dataframe(frame, hide_index=True, height=300)
-    line = command("measure", study.index.path, metric=controls.metric, formats=controls.format)
-    cli_twin(line)
-    downloads("units", lambda: frame, lambda: {"title": view.title}, "map")
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown(f"#### {table.title}")
+        downloads(
+            f"{study.index.name}-units", lambda: frame, lambda: _data(study, view, controls, table), "map"
+        )
+    number = st.column_config.NumberColumn
+    st.dataframe(
+        frame, hide_index=True, height=min(38 + 35 * len(frame), 360), key="unit_table", alt=table.title,
+        column_config={
+            "unit": st.column_config.TextColumn("Unit", width="large", pinned=True),
+            "expert": number("expert", help="empty for units that are no experts"),
+            "value": number(view.unit, format="%.3e", width="medium"),
+            "stderr": number("± (standard error)", format="%.1e"),
+            "bytes": number("size", format="bytes"),
+        },
+    )  # fmt: skip
+    cli_twin(command("measure", study.index.path, metric=controls.metric, formats=controls.format if view.log else None))  # fmt: skip
+
+
+def _data(study: Study, view: views.MapView, controls: views.MapControls, table: unit_table.UnitTable) -> dict[str, object]:  # fmt: skip
+    """The view as JSON: what it says, what it was asked, the units in it."""
+    return {
+        "title": view.title, "subtitle": view.subtitle, "unit": view.unit, "floor": view.floor,
+        "model": study.index.name, "model_digest": study.index.digest, "run": study.tables[controls.metric].run,
+        "controls": asdict(controls),
+        "units": {name: pd.Series(column).tolist() for name, column in table.columns.items()},
+    }  # fmt: skip

@@ -10,7 +10,7 @@ __all__ = ["budget_chip", "selection_chip"]
 def budget_chip(budget: tuple[int, int] | None) -> str:
     """``22.0 of 24.0 GiB`` (used, limit), or that there is no budget yet."""
     if budget is None:
-        return ":gray[:material/memory: no budget yet]"
+        return ":gray-badge[:material/memory: no budget yet]"
     used, limit = budget
     a, b = short_bytes(used), short_bytes(limit)
     if a.split()[1] == b.split()[1]:
@@ -22,5 +22,5 @@ def budget_chip(budget: tuple[int, int] | None) -> str:
 def selection_chip(n: int) -> str:
     """``37 units``."""
     if not n:
-        return ":gray[:material/select: nothing selected]"
+        return ":gray-badge[:material/select: nothing selected]"
     return f":primary-badge[:material/select: {count(n, 'unit')}]"

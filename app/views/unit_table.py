@@ -39,7 +39,7 @@ def build(study: Study, view: MapView, controls: MapControls, selection: Selecti
         "unit": [study.keys[i] for i in ids],
         "layer": c.layer[ids],
         "role": [c.roles[r] for r in c.role[ids]],
-        "expert": c.expert[ids],
+        "expert": [int(e) if e >= 0 else None for e in c.expert[ids]],
         "rows": [units[i].rows for i in ids],
         "cols": [units[i].cols for i in ids],
         "value": value[ids],

@@ -17,9 +17,9 @@ def metric_unit(name: str) -> str:
     return _UNITS.get(name, "nats/token")
 
 
-def count(n: int, noun: str) -> str:
-    """``1 unit``, ``1,024 units``."""
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+def count(n: int, noun: str, plural: str = "s") -> str:
+    """``1 unit``, ``1,024 units``; ``plural`` is the ending."""
+    return f"{n:,} {noun}" + ("" if n == 1 else plural)
 
 
 def params(n: float) -> str:

@@ -13,7 +13,8 @@ __all__ = ["empty_state", "error_box", "go"]
 
 def error_box(error: UserError) -> None:
     """What is wrong, what was found, what to do."""
-    lines = [f"**{error.what.rstrip('.')}.**"]
+    what = error.what.rstrip(".")
+    lines = [f"**{what[:1].upper()}{what[1:]}.**"]
     if error.found:
         lines.append(f"Found: {error.found}")
     if error.fix:

@@ -7,7 +7,7 @@ import streamlit as st
 from bitatlas.app import studies
 from bitatlas.app.studies import Study, StudyInfo
 
-__all__ = ["forget", "get_study", "get_studies", "the_study"]
+__all__ = ["forget", "get_freshness", "get_study", "get_studies", "the_study"]
 
 
 def get_studies() -> list[StudyInfo]:
@@ -31,6 +31,11 @@ def the_study() -> Study | None:
     return get_study(digest) if digest else None
 
 
+def get_freshness() -> dict[str, str]:
+    """Digest -> is the checkpoint on disk still the one measured; looked at every half minute at most."""
+    return {s.digest: _fresh(s.path, s.digest, s) for s in get_studies()}
+
+
 def forget() -> None:
     """Look again now: something was just added."""
     _list.clear()
@@ -40,6 +45,11 @@ def forget() -> None:
 @st.cache_data(ttl=2, show_spinner=False)
 def _list(root: str) -> list[StudyInfo]:
     return studies.list_studies(studies.open_store())
+
+
+@st.cache_data(ttl=30, show_spinner=False, hash_funcs={StudyInfo: lambda s: s.digest})
+def _fresh(path: str, digest: str, info: StudyInfo) -> str:
+    return studies.freshness(info)
 
 
 @st.cache_data(ttl=2, show_spinner=False)

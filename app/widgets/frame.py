@@ -8,6 +8,7 @@ from bitatlas.app import state
 from bitatlas.app.views.frame import budget_chip, selection_chip
 from bitatlas.app.widgets.boxes import error_box
 from bitatlas.app.widgets.data import get_studies, the_study
+from bitatlas.app.widgets.jobs import job_ribbon
 
 __all__ = ["STYLE", "draw_frame", "title"]
 
@@ -47,6 +48,7 @@ def draw_frame() -> None:
             if len(chosen):
                 st.button("clear", key="clear_selection", type="tertiary", on_click=_clear)
         st.space("stretch")
+        job_ribbon()
         with st.popover("Link", icon=":material/link:", type="tertiary"):
             st.caption("This view, for another browser on this machine")
             st.code(state.link(), language=None, wrap_lines=True)
