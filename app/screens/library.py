@@ -84,21 +84,20 @@ def _inside(info: studies.StudyInfo) -> None:
 def _add_model() -> None:
     st.markdown("#### Add a model")
     with st.form("add_model", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
-        path = st.text_input(
+        st.text_input(
             "Checkpoint folder or .gguf file on this machine", placeholder="models/smollm2", width=520, key="new_model",
             help="Only the headers are read. Folders outside $BITATLAS_MODEL_ROOTS are refused here; the command line takes any path.",
         )  # fmt: skip
-        if st.form_submit_button("Add", icon=":material/add:"):
-            _add(path or "")
-            st.rerun()
+        st.form_submit_button("Add", icon=":material/add:", on_click=_add)
     problem = st.session_state.pop(_PROBLEM, None)
     if problem:
         error_box(problem)
 
 
-def _add(path: str) -> None:
+def _add() -> None:
     from bitatlas.app import tasks
 
+    path = st.session_state["new_model"] or ""
     try:
         if not path.strip():
             raise UserError("no folder was named", fix="name a checkpoint folder such as models/smollm2")
