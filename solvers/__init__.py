@@ -25,6 +25,7 @@ from bitatlas.solvers.mckp import Mckp
 from bitatlas.solvers.mixes import Q4KM, AttentionHigh, FirstLast
 from bitatlas.solvers.pmq import Pmq, PmqGlobal
 from bitatlas.solvers.problem import Problem, SideBudget
+from bitatlas.solvers.projection_descent import ProjectionDescent
 from bitatlas.solvers.random_best import RandomBest
 from bitatlas.solvers.uniform import Uniform
 
@@ -50,6 +51,7 @@ __all__ = [
 # Menus follow this order; the first is the default.
 SOLVERS: dict[str, type[Solver]] = {
     "mckp": Mckp,
+    "projection_descent": ProjectionDescent,
     "hull": Hull,
     "ilp": Ilp,
     "baq": Baq,

@@ -32,6 +32,12 @@ class Classes:
         """Format index per unit (U,) from format index per class (C,)."""
         return np.asarray(choice, np.int64)[self.of_unit]
 
+    def expand_back(self, choice: np.ndarray) -> np.ndarray:
+        """Format index per class (C,) from format index per unit (U,): the inverse of `expand`."""
+        out = np.empty(len(self.bytes), np.int64)
+        out[self.of_unit] = choice
+        return out
+
     def smallest(self) -> np.ndarray:
         """(C,) the format with the fewest bytes; among equals the least damage."""
         size = np.where(self.allowed, self.bytes, np.iinfo(np.int64).max)

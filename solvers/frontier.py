@@ -24,7 +24,8 @@ def frontier(
     """Non-dominated allocations, cheapest first, strictly falling damage.
 
     Solvers with FRONT give their whole front at once, thinned to at most ``points`` when it is longer; others
-    solve ``points`` budgets, each within ``time_limit_s / points``. ``problem.limit_bytes`` is ignored.
+    solve ``points`` budgets, each within ``time_limit_s / points``. ``problem.limit_bytes`` is ignored. Damage is
+    the quadratic one where the problem has an interaction factor, for every solver.
 
     Args:
         limits: the budgets to solve, instead of `budget_sweep`.
@@ -44,7 +45,8 @@ def frontier(
     rows = np.arange(len(problem.units))
     payload = np.array([int(problem.bytes[rows, p].sum()) for p in choice], np.int64)
     # A solver that needs no damage may run without a metric; its front is then ordered by bytes alone.
-    damage = np.array([float(problem.damage[rows, p].sum()) for p in choice])
+    predict = problem.objective if problem.interaction is None else problem.quadratic
+    damage = np.array([predict(p) for p in choice])
     keep = _non_dominated(payload, damage)
     return Frontier(
         units=problem.units,

@@ -141,4 +141,6 @@ class SolverConformance:
         for limit, damage, choice in zip(front.payload_bytes, front.predicted, front.choice):
             proof = certify(problem.with_limit(int(limit)), choice.astype(int))
             assert proof.feasible
-            assert proof.objective == pytest.approx(damage)
+            assert problem.objective(choice.astype(int)) == pytest.approx(proof.objective)
+            expected = proof.objective if problem.interaction is None else proof.quadratic
+            assert expected == pytest.approx(damage)
