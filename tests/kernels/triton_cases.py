@@ -1,0 +1,185 @@
+"""Checks of the Triton kernels, the same in the interpreter (CPU tensors) and on a GPU.
+
+    python triton_cases.py DEVICE
+
+prints a JSON object: case -> largest error, or the words of an exception. Set TRITON_INTERPRET=1 for the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bitatlas.kernels.formats import parse_format
+from bitatlas.kernels.packed.matrix import PackedMatrix, pack_weight
+from bitatlas.kernels.packing import pack_codes, unpack_codes
+from bitatlas.kernels.reference import quantize, quantize_dequantize
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+FORMATS = (
+    "int2-g32",
+    "int3-g64",
+    "int4-g32-sym",
+    "int5-channel",
+    "int6-g128",
+    "int8-g32",
+    "int8-channel-sym",
+)
+SHAPES = ((1, 70, 97), (17, 5, 128))  # rows of x, rows of W, columns
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Inputs are rounded to the dtype before both sides see them; what is left is summation order and the output's rounding.
+TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}
+
+
+def matrix(weight: Tensor, name: str, device: str) -> PackedMatrix:
+    fmt = parse_format(name)
+    return PackedMatrix(fmt, *weight.shape, pack_weight(weight, fmt, quantize)).to(device)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got.float().cpu() - want.float()).abs().max() / want.float().abs().max()).item()
+
+
+def pack(bits: int, device: str) -> float:
+    from bitatlas.kernels import triton_pack
+
+    for rows, cols in ((1, 1), (3, 33), (18, 101), (2, 64)):
+        codes = torch.randint(0, 1 << bits, (rows, cols), dtype=torch.uint8)
+        packed = triton_pack.pack_codes(codes.to(device), bits, (4, 32))
+        if not torch.equal(packed.cpu(), pack_codes(codes, bits)):
+            return 1.0
+        if not torch.equal(
+            triton_pack.unpack_codes(packed, bits, cols, (4, 32)).cpu(),
+            unpack_codes(packed.cpu(), bits, cols),
+        ):
+            return 1.0
+    return 0.0
+
+
+def dequantize(name: str, device: str) -> float:
+    from bitatlas.kernels import triton_linear
+
+    weight = noise(37, 147)
+    got = triton_linear.dequantize(matrix(weight, name, device), tile=(32, 64))
+    return (got.cpu() - quantize_dequantize(weight, parse_format(name))).abs().max().item()
+
+
+def linear(name: str, dtype: str, device: str, splits: int | None = None) -> float:
+    from bitatlas.kernels import triton_linear
+
+    worst = 0.0
+    for m, n, k in SHAPES:
+        weight, x = noise(n, k, seed=1), noise(m, k, seed=2).to(DTYPES[dtype])
+        step = 32 if "g32" in name else 64
+        got = triton_linear.linear_fused(
+            x.to(device), matrix(weight, name, device), tile=(16, 64, step), splits=splits
+        )
+        assert got.dtype == x.dtype
+        want = x.double() @ quantize_dequantize(weight, parse_format(name)).double().T
+        worst = max(worst, relative(got, want))
+    return worst
+
+
+def experts(dtype: str, device: str) -> float:
+    from bitatlas.kernels import triton_experts
+
+    names = ["int2-g32", "bf16", "int4-g64-sym", "int3-channel", "int8-g32", "fp16", "int6-channel-sym"]
+    count, tokens, chosen, n, k = len(names), 20, 2, 40, 97
+    weights = [noise(n, k, seed=e) for e in range(count)]
+    table = triton_experts.ExpertTable.build(
+        [matrix(w, f, device) for w, f in zip(weights, names, strict=True)]
+    )
+    x = noise(tokens, k, seed=99).to(DTYPES[dtype])
+    index = torch.stack([torch.randperm(count)[:chosen] for _ in range(tokens)])
+    index[0] = count  # nobody
+    index[1:18, 0] = 2  # more than one tile
+    index[1:18, 1] = 4
+    routing = triton_experts.route(index.to(device), table)
+    got = triton_experts.grouped_linear(x.to(device), routing.token, routing, table)
+    dense = [quantize_dequantize(w, parse_format(f)).double() for w, f in zip(weights, names, strict=True)]
+    flat = index.reshape(-1)
+    want = torch.stack([x[p // chosen].double() @ dense[int(flat[p])].T for p in routing.pair.tolist()])
+    assert sorted(routing.pair.tolist()) == (flat < count).nonzero().flatten().tolist()
+    return relative(got, want)
+
+
+def experts_module(family: str, device: str) -> float:
+    """A whole packed experts module, its one-launch path against its loop over the experts."""
+    from bitatlas.kernels.packed import modules
+    from bitatlas.kernels.packed.modules import ExpertStack, PackedExperts
+
+    class Shell(torch.nn.Module):
+        has_gate = True
+
+        def _apply_gate(self, h: Tensor) -> Tensor:
+            gate, up = (h[..., ::2], h[..., 1::2]) if family == "interleaved" else h.chunk(2, -1)
+            return torch.nn.functional.silu(gate) * up
+
+    names, hidden, wide = ("int2-g32", "int8-g32", "int3-g32"), 40, 24
+    up = {
+        e: {p: matrix(noise(wide, hidden, seed=e), f, device) for p in ("gate", "up")}
+        for e, f in enumerate(names)
+    }
+    down = {
+        e: {"": matrix(noise(hidden, wide, seed=9 + e), f, device)} for e, f in enumerate(reversed(names))
+    }
+    bias = noise(3, 2 * wide).to(device)
+    layer = PackedExperts(
+        Shell(), ExpertStack(up, bias, family == "interleaved"), ExpertStack(down, None, False)
+    )
+    x, index = (
+        noise(6, hidden).to(device),
+        torch.tensor([[0, 1], [1, 0], [1, 2], [2, 0], [3, 1], [0, 2]]).to(device),
+    )
+    weight = torch.rand(6, 2).to(device)
+    got = layer._grouped(x, index, weight)
+    modules_on_gpu, modules._on_gpu = modules._on_gpu, lambda x: False
+    try:
+        return relative(got, layer(x, index, weight).cpu())
+    finally:
+        modules._on_gpu = modules_on_gpu
+
+
+def cases(device: str) -> dict[str, Callable[[], float]]:
+    out: dict[str, Callable[[], float]] = {}
+    for bits in WIDTHS:
+        out[f"pack-{bits}"] = lambda bits=bits: pack(bits, device)
+    for name in FORMATS:
+        out[f"dequantize-{name}"] = lambda name=name: dequantize(name, device)
+        for dtype in DTYPES:
+            out[f"linear-{name}-{dtype}"] = lambda name=name, dtype=dtype: linear(name, dtype, device)
+    out["split-3-fp32"] = lambda: linear("int4-g32-sym", "fp32", device, splits=3)
+    for family in ("plain", "interleaved"):
+        out[f"module-{family}-fp32"] = lambda family=family: experts_module(family, device)
+    for dtype in DTYPES:
+        out[f"experts-{dtype}"] = lambda dtype=dtype: experts(dtype, device)
+    return out
+
+
+def limit(case: str) -> float:
+    """Largest error that a case may have."""
+    return next((t for name, t in TOLERANCE.items() if case.endswith(name)), 0.0)
+
+
+def main(device: str) -> None:
+    torch.manual_seed(0)
+    results: dict[str, float | str] = {}
+    for name, case in cases(device).items():
+        try:
+            results[name] = case()
+        except Exception:
+            results[name] = traceback.format_exc(limit=-3)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

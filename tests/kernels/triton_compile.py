@@ -1,0 +1,91 @@
+"""Compiles every kernel for GPUs that are not here: python triton_compile.py [--some] 80 90. No GPU and no interpreter needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
+
+from bitatlas.kernels import triton_experts, triton_linear, triton_pack
+
+INT = "i32"
+
+
+def sources() -> dict[str, ASTSource]:
+    """Name -> kernel with argument types; each width of the straddling and the dividing kind."""
+    out = {}
+    for bits in (2, 3, 4, 5, 6, 8):
+        reach = 32 // bits + (0 if 32 % bits == 0 else 2)
+        out[f"pack-{bits}"] = ASTSource(
+            triton_pack.pack_kernel,
+            {"codes": "*u8", "packed": "*u32", "rows": INT, "cols": INT, "words": INT},
+            {"BITS": bits, "REACH": reach, "ROWS": 16, "WORDS": 64},
+        )
+        out[f"unpack-{bits}"] = ASTSource(
+            triton_pack.unpack_kernel,
+            {"packed": "*u32", "codes": "*u8", "rows": INT, "cols": INT, "words": INT},
+            {"BITS": bits, "ROWS": 16, "COLS": 128},
+        )
+        buffers = {"codes": "*u32", "scales": "*fp16", "zeros": "*u32"}
+        sizes = dict.fromkeys(("words", "group", "groups"), INT)
+        out[f"dequantize-{bits}"] = ASTSource(
+            triton_linear.dequantize_kernel,
+            {**buffers, "out": "*bf16", "rows": INT, "cols": INT, **sizes},
+            {"BITS": bits, "SYMMETRIC": bits == 4, "ROWS": 16, "COLS": 128},
+        )
+        for dtype in ("bf16", "fp16", "fp32"):
+            out[f"linear-{bits}-{dtype}"] = ASTSource(
+                triton_linear.linear_kernel,
+                {
+                    "x": f"*{dtype}",
+                    **buffers,
+                    "out": "*fp32",
+                    "m": INT,
+                    "n": INT,
+                    "k": INT,
+                    **sizes,
+                    "chunk": INT,
+                },
+                {"BITS": bits, "SYMMETRIC": bits == 4, "M": 16, "N": 64, "K": 32},
+            )
+    for dtype in ("bf16", "fp16", "fp32"):
+        out[f"experts-{dtype}"] = ASTSource(
+            triton_experts.grouped_kernel,
+            {
+                "x": f"*{dtype}",
+                "source": "*i64",
+                "tiles": "*i32",
+                "table": "*i64",
+                "out": f"*{dtype}",
+                "n": INT,
+                "k": INT,
+            },
+            {"M": 16, "N": 64, "K": 32},
+        )
+    return out
+
+
+SOME = ("pack-3", "unpack-5", "dequantize-6", "linear-3-bf16", "linear-4-fp16", "experts-bf16")
+
+
+def main(arguments: list[str]) -> None:
+    names = SOME if "--some" in arguments else tuple(sources())
+    results: dict[str, int | str] = {}
+    for capability in (int(a) for a in arguments if a != "--some"):
+        for name, source in sources().items():
+            if name not in names:
+                continue
+            try:
+                binary = compile_kernel(source, target=GPUTarget("cuda", capability, 32))
+                results[f"sm_{capability} {name}"] = len(binary.asm["cubin"])
+            except Exception:
+                results[f"sm_{capability} {name}"] = traceback.format_exc(limit=-2)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
