@@ -22,6 +22,7 @@ from bitatlas.app.jobs.settings import (
     PROGRESS,
     QUEUE,
     WORKFLOW,
+    damaged,
     jobs_url,
     prepare_database,
 )
@@ -59,8 +60,7 @@ def _in_words(home: Home) -> Iterator[None]:
         if "readonly" in words or "unable to open" in words:
             raise disk_error(OSError(30, str(e.orig)), home.jobs_db) from None
         if "not a database" in words or "malformed" in words:
-            raise UserError("the file of jobs is damaged", found=str(home.jobs_db),
-                            fix="move it away; measured results are in another file and stay") from None  # fmt: skip
+            raise damaged(home, e) from None
         raise
 
 
@@ -186,12 +186,16 @@ class Jobs:
         from bitatlas.app.worker import worker_lock
 
         lock = worker_lock(self.home)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        for pause in (0.01, 0.0):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                # Somebody else who looks holds the lock too, but only for an instant: look again.
+                time.sleep(pause)
+            else:
+                lock.release()
+                return False
+        return True
 
     def start_worker_if_needed(self) -> bool:
         """Start a worker if there are jobs to run and none lives; True when one was started."""

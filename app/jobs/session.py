@@ -74,7 +74,7 @@ class Session:
         self.known: set[str] = set()
         self._engine: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[bytes | None] = queue.Queue()
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
 
     def log(self, text: str) -> None:
         """One line into the job's log."""

@@ -8,11 +8,12 @@ import sqlite3
 from contextlib import closing
 from typing import Any
 
+from bitatlas.analysis.schema import UserError
 from bitatlas.cache.keys import digest
-from bitatlas.cache.paths import Home, disk_error
+from bitatlas.cache.paths import Home
 
 __all__ = [
-    "APP_NAME", "APP_VERSION", "PROGRESS", "QUEUE", "WORKFLOW", "dbos_config", "jobs_url", "parallel_jobs",
+    "APP_NAME", "APP_VERSION", "PROGRESS", "QUEUE", "WORKFLOW", "damaged", "dbos_config", "jobs_url", "parallel_jobs",
     "prepare_database",
 ]  # fmt: skip
 
@@ -53,6 +54,12 @@ def dbos_config(home: Home) -> Any:
     }
 
 
+def damaged(home: Home, error: Exception) -> UserError:
+    """What to say when SQLite cannot read the file of jobs."""
+    return UserError("the file of jobs is damaged", found=f"{home.jobs_db}: {error}",
+                     fix="move it away; measured results are in another file and stay")  # fmt: skip
+
+
 def _has_tables(home: Home) -> bool:
     if not home.jobs_db.exists():
         return False
@@ -73,8 +80,8 @@ def prepare_database(home: Home) -> None:
         try:
             if _has_tables(home):
                 return
-        except sqlite3.OperationalError as e:
-            raise disk_error(OSError(str(e)), home.jobs_db) from None
+        except sqlite3.DatabaseError as e:
+            raise damaged(home, e) from None
     from dbos import DBOS
 
     DBOS.migrate(url)

@@ -61,7 +61,9 @@ class Work(ABC):
         """Compute one step.
 
         Returns:
-            ``rows``: lists as said above, for the first run; or ``{run: rows}`` when there are several.
+            ``rows``: lists as said above, for the first run; or ``{run: rows}``, which marks the step in those runs
+            only. A later job with the same run and the same step key finds the step done, so keys of a job
+            with several runs must say to which run they belong (``metric/step``).
             ``note``: a few words for the log.
         """
 

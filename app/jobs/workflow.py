@@ -26,7 +26,8 @@ _FINISH_KEY = "(finish)"
 
 _home: list[Home] = []
 _sessions: dict[str, Session] = {}
-_guard = threading.Lock()
+# Taken again by the signal handler of the thread that holds it.
+_guard = threading.RLock()
 
 
 def configure(home: Home) -> None:
@@ -84,12 +85,12 @@ def _ask(session: Session, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _store(session: Session, key: str, rows: Any) -> int:
-    """Rows and the step's mark into the store, one transaction for each run; returns the number of rows."""
+    """Rows and the step's mark into the runs they belong to, one transaction each; returns the number of rows."""
     by_run = rows if isinstance(rows, dict) else dict.fromkeys(session.runs[:1], rows)
-    for run in session.runs:
-        session.store.write_step(run, key, [DamageRow(*row) for row in by_run.get(run) or []])
+    for run, listed in by_run.items():
+        session.store.write_step(run, key, [DamageRow(*row) for row in listed or []])
     session.known.add(key)
-    return sum(len(r or []) for r in by_run.values())
+    return sum(len(listed or []) for listed in by_run.values())
 
 
 @DBOS.step(name="plan")
@@ -100,11 +101,10 @@ def _plan() -> dict[str, Any]:
 
 
 def _learn(session: Session) -> None:
-    """See to it that the store knows the runs, and look up the steps that it has for all of them."""
+    """See to it that the store knows the runs, and look up the steps that it has for any of them."""
     for run in session.described:
         session.store.begin_run(**run)
-    done = [session.store.steps_done(run) for run in session.runs]
-    session.known = set.intersection(*done) if done else set()
+    session.known = set().union(*(session.store.steps_done(run) for run in session.runs))
 
 
 @DBOS.step(name="unit")
@@ -143,7 +143,9 @@ def _finish() -> dict[str, Any]:
     session = _mine()
     session.progress.phase = "finishing"
     answer = _ask(session, {"do": "finish"})
-    _store(session, _FINISH_KEY, answer.pop("rows", None) or [])
+    rows = answer.pop("rows", None)
+    if rows:
+        _store(session, _FINISH_KEY, rows)
     for run in session.runs:
         session.store.finish_run(run)
     session.progress.phase = "done"

@@ -43,7 +43,7 @@ def until(check, seconds: float = 20.0, what: str = ""):
         got = check()
         if got:
             return got
-        time.sleep(0.05)
+        time.sleep(0.1)
     raise AssertionError(f"not within {seconds} s: {what}")
 
 

@@ -51,6 +51,20 @@ def test_a_job_without_rows(calm):
     assert "none" not in {r.run for r in Store(calm.home).runs()}
 
 
+def test_runs_that_another_job_has_measured_are_not_measured_again(calm):
+    store = Store(calm.home)
+    first = calm.jobs.submit(calm.toy("x", steps=4, runs=["even", "odd"]))
+    assert calm.jobs.wait(first, timeout_s=60).state == "done"
+    assert store.steps_done("even") == {"s0", "s2"}
+    assert store.steps_done("odd") == {"s1", "s3"}
+    assert {r.unit[:2] for r in store.rows("odd")} == {"u1", "u3"}
+    second = calm.jobs.submit(calm.toy("x", steps=4, runs=["even", "odd 2"]))
+    assert calm.jobs.wait(second, timeout_s=60).state == "done"
+    assert calm.computed(second) == ["s1", "s3"]
+    assert len(store.rows("even")) == len(store.rows("odd 2")) == 6
+    assert store.run("even").finished is not None
+
+
 def test_two_submits_are_one_job_and_two_clients_see_the_same(calm):
     other = Jobs(calm.home)
     request = calm.toy("two", steps=6, seconds=0.5)

@@ -22,7 +22,13 @@ class Toy(Work):
     def runs(self) -> list[dict[str, Any]]:
         if self.params.get("no_run"):
             return []
-        return [{"run": self.run_key, "model_digest": "m", "metric": "toy", "formats": ["int4-g64"]}]
+        return [
+            {"run": run, "model_digest": "m", "metric": "toy", "formats": ["int4-g64"]} for run in self.keys()
+        ]
+
+    def keys(self) -> list[str]:
+        """Run of the even and of the odd steps: one and the same, or two."""
+        return self.params.get("runs") or [self.run_key]
 
     @property
     def run_key(self) -> str:
@@ -41,6 +47,8 @@ class Toy(Work):
         while time.monotonic() < until:
             time.sleep(0.01)
         self.report(f"at {key}", 1.0)
+        if self.params.get("runs"):
+            return {"rows": {self.keys()[i % 2]: self.rows(i)}}
         return {"rows": self.rows(i), "note": f"n{i}"}
 
     def rows(self, i: int) -> list[list[Any]]:
@@ -63,4 +71,8 @@ class Toy(Work):
 
     def finish(self) -> dict[str, Any]:
         last = [["toy_sum", "all", "-", 1.5, float("nan"), 1, 0.0]]
-        return {"rows": [] if self.params.get("no_run") else last, "answer": 42, "pid": os.getpid()}
+        return {
+            "rows": [] if "runs" in self.params or "no_run" in self.params else last,
+            "answer": 42,
+            "pid": os.getpid(),
+        }
