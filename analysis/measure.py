@@ -230,8 +230,9 @@ def run_step(metric: Metric, ctx: MeasureContext, parts_dir: str | Path, key: st
     if found is not None:
         return found[0]
     result = metric.step(ctx, key)
-    _write_part(path, result.rows, result.arrays or {})
-    return result.rows
+    rows = [_plain(r) for r in result.rows]
+    _write_part(path, rows, result.arrays or {})
+    return rows
 
 
 def finish_metric(metric: Metric, ctx: MeasureContext, parts_dir: str | Path) -> list[DamageRow]:
@@ -246,7 +247,7 @@ def finish_metric(metric: Metric, ctx: MeasureContext, parts_dir: str | Path) ->
         raise RuntimeError(
             f"{metric.NAME}: {len(missing)} of {len(plan)} steps are missing, such as {missing[0]!r}"
         )
-    return metric.finish(ctx, PartsOnDisk(parts_dir, plan))
+    return [_plain(r) for r in metric.finish(ctx, PartsOnDisk(parts_dir, plan))]
 
 
 def run_metric(
@@ -273,6 +274,11 @@ def run_metric(
         if on_step is not None and key not in done:
             on_step(StepDone(key, i + 1, len(plan), found, time.perf_counter() - start, reused))
     return rows + finish_metric(metric, ctx, parts_dir)
+
+
+def _plain(r: DamageRow) -> DamageRow:
+    """The row with Python's own numbers, whatever scalars the metric's arithmetic left behind."""
+    return DamageRow(r.metric, r.unit, r.format, float(r.value), float(r.stderr), int(r.count), float(r.floor))
 
 
 def _write_part(path: Path, rows: list[DamageRow], arrays: Mapping[str, np.ndarray]) -> None:

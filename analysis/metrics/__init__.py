@@ -8,12 +8,17 @@ from typing import Any
 
 from bitatlas.analysis.metrics.activation_error import ActivationError
 from bitatlas.analysis.metrics.alphaq import AlphaQ
+from bitatlas.analysis.metrics.awq_stats import AwqStats
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
 from bitatlas.analysis.metrics.fisher_projection import FisherProjection
 from bitatlas.analysis.metrics.hawq_trace import HawqTrace
 from bitatlas.analysis.metrics.kl_flip import KlFlip
+from bitatlas.analysis.metrics.lim import Lim
+from bitatlas.analysis.metrics.quantmoe_outlier import QuantMoeOutlier
 from bitatlas.analysis.metrics.routing import Routing
+from bitatlas.analysis.metrics.spectral import Spectral
 from bitatlas.analysis.metrics.weight_error import WeightError
+from bitatlas.analysis.metrics.zd import Zd
 from bitatlas.kernels.errors import UserError
 
 __all__ = ["METRICS", "Cost", "Metric", "StepResult", "check_settings", "get_metric", "metric_of_value"]
@@ -24,7 +29,12 @@ _TABLE: tuple[type[Metric], ...] = (
     HawqTrace,
     WeightError,
     ActivationError,
+    AwqStats,
     AlphaQ,
+    Spectral,
+    QuantMoeOutlier,
+    Lim,
+    Zd,
     Routing,
 )
 

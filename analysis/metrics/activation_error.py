@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bitatlas.analysis.capture import SHARED_INPUT, layer_groups, watch_units
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult, unknown_rows
@@ -18,7 +18,7 @@ from bitatlas.analysis.schema import DamageRow, QuantUnit
 from bitatlas.kernels.formats import Format
 from bitatlas.kernels.reference import quantize_dequantize
 
-__all__ = ["ActivationError", "InputMoments", "collect_moments", "layer_groups"]
+__all__ = ["ActivationError", "InputMoments", "collect_moments", "relative_stderr"]
 
 _SKETCH = 64  # random output directions whose energy is followed sequence by sequence
 _BLOCK = 1 << 22  # weights rounded at a time
@@ -97,7 +97,7 @@ class ActivationError(Metric):
         energy = sum(
             float(((w @ h) * w).sum(dtype=torch.float64)) for w in weight.split(_rows_at_once(unit.cols))
         )
-        rows, spread = [], _relative_stderr(found.energies)
+        rows, spread = [], relative_stderr(found.energies)
         for fmt in ctx.formats:
             total = sum(float(((e @ h) * e).sum(dtype=torch.float64)) for e in _errors(weight, fmt))
             total = max(total, 0.0)  # rounding in the product of a dW that is nearly zero
@@ -117,7 +117,7 @@ class ActivationError(Metric):
         for fmt in ctx.formats:
             per_row = torch.cat([e.square().sum(1, dtype=torch.float64) for e in _errors(weight, fmt)])
             by_sequence = per_row[ids].sum(1).numpy()  # (S,)
-            total, spread = float(by_sequence.sum()), _relative_stderr(by_sequence)
+            total, spread = float(by_sequence.sum()), relative_stderr(by_sequence)
             mean, relative = total / tokens.size, total / energy if energy > 0 else 0.0
             rows += [
                 DamageRow(name, unit.key, fmt.name, value, value * spread, tokens.size)
@@ -128,7 +128,9 @@ class ActivationError(Metric):
     def cost(self, ctx: MeasureContext) -> Cost:
         """A forward per layer group, H once per distinct input, dW H once per unit and format, two roundings."""
         n, groups, units = ctx.calibration_tokens, len(self.plan(ctx)), ctx.index.units
-        inputs = {(u.layer, u.expert, _input_of(u)): u for u in units if u.role != "embed"}
+        inputs = {
+            (u.layer, u.expert, SHARED_INPUT.get(u.role, u.role)): u for u in units if u.role != "embed"
+        }
         share = ctx.index.top_k / ctx.index.n_experts if ctx.index.n_experts else 1.0
         gram = sum(2.0 * n * u.cols**2 * (share if u.expert >= 0 else 1) for u in inputs.values())
         product = sum(2.0 * u.params * u.cols for u in units if u.role != "embed") * (len(ctx.formats) + 1)
@@ -164,10 +166,6 @@ class InputMoments:
         return found
 
 
-class _Reached(Exception):
-    """The last layer of the group has been passed; the rest of the forward is not needed."""
-
-
 def collect_moments(
     ctx: MeasureContext,
     units: Sequence[QuantUnit],
@@ -181,25 +179,15 @@ def collect_moments(
         sketches: unit key -> (cols, r) directions to follow per sequence.
         routing_weight: weigh an expert's tokens with their squared routing weight.
     """
-    loaded, calibration = ctx.loaded, ctx.calibration
-    length = calibration.tokens.shape[1]
-    wanted = {u.key for u in units}
+    sequences = len(ctx.calibration.tokens)
     found: dict[str, InputMoments] = {}
     # Holding the last few inputs keeps their addresses from being used again.
     recent: deque[tuple[str, Tensor]] = deque(maxlen=4)
-    last = max(u.layer for u in units)
-    # A unit behind the group ends the pass: nothing after it is needed. Head and embedding need it all.
-    behind = (
-        [u.key for u in ctx.index.units if u.layer == last + 1] if all(u.layer >= 0 for u in units) else []
-    )
-    offset = 0
 
-    def watch(key: str, x: Tensor, token: Tensor, weight: Tensor | None) -> None:
-        if key not in wanted:
-            raise _Reached
+    def watch(key: str, x: Tensor, sequence: np.ndarray, weight: Tensor | None) -> None:
         moments = found.get(key)
         if moments is None:
-            moments = InputMoments(0, np.zeros(len(calibration.tokens)))
+            moments = InputMoments(0, np.zeros(sequences))
             same = (
                 found[k] for k, seen in recent if seen.data_ptr() == x.data_ptr() and seen.shape == x.shape
             )
@@ -216,50 +204,10 @@ def collect_moments(
             moments.second.addmm_(x.T, x)
         moments.count += len(x)
         energy = (x @ sketches[key].to(x.device)).square().sum(1, dtype=torch.float64)  # (n,)
-        np.add.at(moments.energies, (token.cpu() // length + offset).numpy(), energy.cpu().numpy())
+        np.add.at(moments.energies, sequence, energy.cpu().numpy())
 
-    with torch.no_grad(), loaded.capture(watch, [*wanted, *behind]):
-        for batch in calibration.batches(batch_tokens):
-            recent.clear()
-            with suppress(_Reached):
-                loaded.logits(torch.from_numpy(batch))
-            offset += len(batch)
+    watch_units(ctx, units, watch, batch_tokens, before_batch=recent.clear)
     return found
-
-
-def layer_groups(units: Sequence[QuantUnit], max_bytes: int) -> dict[str, tuple[QuantUnit, ...]]:
-    """Consecutive units whose second moments fit into ``max_bytes``, of at most a quarter of the layers.
-
-    A layer of many experts may take several groups; embedding and head make the last one.
-    """
-    inside = sorted((u for u in units if u.layer >= 0), key=lambda u: u.layer)
-    most = max(1, -(-len({u.layer for u in inside}) // 4))
-    groups: list[list[QuantUnit]] = []
-    inputs: dict[tuple[int, int, str], int] = {}
-    for u in inside:
-        new = (u.layer, u.expert, _input_of(u)) not in inputs
-        size = sum(inputs.values()) + 4 * u.cols**2
-        if not groups or (new and size > max_bytes) or u.layer - groups[-1][0].layer >= most:
-            groups.append([])
-            inputs = {}
-        groups[-1].append(u)
-        inputs[u.layer, u.expert, _input_of(u)] = 4 * u.cols**2
-    outside = [u for u in units if u.layer < 0]
-    out = {f"{_span(g)} ({len(g)} units from {g[0].key})": tuple(g) for g in groups}
-    return out | ({"outside the layers": tuple(outside)} if outside else {})
-
-
-def _span(group: Sequence[QuantUnit]) -> str:
-    first, last = group[0].layer, group[-1].layer
-    return f"layer {first}" if first == last else f"layers {first}-{last}"
-
-
-def _input_of(unit: QuantUnit) -> str:
-    """Roles that share an input, as far as names tell; only an estimate of memory hangs on it."""
-    for shared in (("q", "k", "v"), ("gate", "up"), ("shared_gate", "shared_up")):
-        if unit.role in shared:
-            return shared[0]
-    return unit.role
 
 
 def _rows_at_once(cols: int) -> int:
@@ -272,7 +220,7 @@ def _errors(weight: Tensor, fmt: Format) -> Iterator[Tensor]:
         yield quantize_dequantize(w, fmt) - w
 
 
-def _relative_stderr(by_sequence: np.ndarray) -> float:
+def relative_stderr(by_sequence: np.ndarray) -> float:
     """Standard error of a sum over sequences, relative to it; NaN for one sequence, 0 when nothing moved."""
     s, total = len(by_sequence), float(by_sequence.sum())
     if s < 2:

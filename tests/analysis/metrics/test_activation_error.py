@@ -7,8 +7,9 @@ import pytest
 import torch
 from conformance_metric import Case, MetricConformance
 
+from bitatlas.analysis.capture import layer_groups
 from bitatlas.analysis.measure import run_metric
-from bitatlas.analysis.metrics.activation_error import ActivationError, collect_moments, layer_groups
+from bitatlas.analysis.metrics.activation_error import ActivationError, collect_moments
 from bitatlas.analysis.schema import QuantUnit
 from bitatlas.kernels.reference import quantize_dequantize
 

@@ -1,0 +1,108 @@
+"""LIM: how much a transformer block turns its input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bitatlas.analysis.cost import checkpoint_bytes
+from bitatlas.analysis.measure import MeasureContext
+from bitatlas.analysis.metrics.base import Cost, Metric, Parts, StepResult
+from bitatlas.analysis.schema import NO_FORMAT, DamageRow
+from bitatlas.kernels.errors import UserError
+
+__all__ = ["Lim", "block_modules"]
+
+_BATCH_TOKENS = 2048
+
+
+class Lim(Metric):
+    """Layer input modification: minus the cosine between a block's input and output, mean over tokens.
+
+        lim = -(1/N) sum_t <x_t, y_t> / (||x_t|| ||y_t||)
+
+    LayerwiseQuant (arXiv 2406.17415), eq. 1; ShortGPT's block influence is 1 + lim. Higher means that the
+    block changes the stream more, so it is more important. The value stands at every unit of the block;
+    units outside the blocks have none. Standard error over sequences; ``count`` is tokens.
+    """
+
+    NAME = "lim"
+    TITLE = "Layer input modification"
+    UNIT = "cosine"
+    SOURCE = "LayerwiseQuant (arXiv 2406.17415), eq. 1"
+    NEEDS = "forwards"
+    ADDITIVE = False
+    PER_FORMAT = False
+    EMITS = ("lim",)
+    VERSION = 1
+
+    def plan(self, ctx: MeasureContext) -> list[str]:
+        """Batches of sequences."""
+        size = max(1, _BATCH_TOKENS // ctx.seq_len)
+        return [f"sequences {i}-{min(i + size, ctx.sequences) - 1}" for i in range(0, ctx.sequences, size)]
+
+    def step(self, ctx: MeasureContext, key: str) -> StepResult:
+        """Array cosine (B, L): mean over each sequence's tokens, block by block."""
+        first, last = (int(n) for n in key.removeprefix("sequences ").split("-"))
+        tokens = torch.from_numpy(ctx.calibration.tokens[first : last + 1])  # (B, T)
+        blocks = block_modules(ctx.loaded.model, ctx.index.n_layers)
+        cosine = np.full((len(tokens), len(blocks)), np.nan)
+
+        def watch(layer: int) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+                x = args[0] if args else kwargs["hidden_states"]
+                y = out[0] if isinstance(out, tuple) else out
+                found = torch.cosine_similarity(x.double(), y.double(), dim=-1)  # (B, T)
+                cosine[:, layer] = found.mean(1).cpu().numpy()
+
+            return hook
+
+        hooks = [m.register_forward_hook(watch(i), with_kwargs=True) for i, m in enumerate(blocks)]
+        try:
+            with torch.no_grad():
+                ctx.loaded.logits(tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return StepResult(arrays={"cosine": cosine})
+
+    def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
+        """Mean and spread over all sequences."""
+        cosine = np.concatenate([parts[key]["cosine"] for key in self.plan(ctx)])  # (S, L)
+        s = len(cosine)
+        mean = -cosine.mean(0)
+        stderr = cosine.std(0, ddof=1) / s**0.5 if s > 1 else np.full(cosine.shape[1], np.nan)
+        return [
+            DamageRow(
+                self.NAME, u.key, NO_FORMAT, float(mean[u.layer]), float(stderr[u.layer]), s * ctx.seq_len
+            )
+            for u in ctx.index.units
+            if u.layer >= 0
+        ]
+
+    def cost(self, ctx: MeasureContext) -> Cost:
+        """One forward over the calibration text."""
+        return Cost(
+            steps=len(self.plan(ctx)),
+            bytes_read=checkpoint_bytes(ctx.index),
+            forward_tokens=ctx.calibration_tokens,
+        )
+
+
+def block_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
+    """The transformer blocks in order: the outermost module list as long as the model is deep.
+
+    Raises:
+        UserError: there is none (an architecture that is not a stack of blocks).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return list(module)
+    raise UserError(
+        "this architecture is not a plain stack of blocks",
+        found=f"{type(model).__name__} with {n_layers} layers",
+        fix="measure units instead of blocks; `bitatlas metrics` lists the metrics",
+    )

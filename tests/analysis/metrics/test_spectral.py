@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conformance_metric import Case, MetricConformance
+
+from bitatlas.analysis.measure import PartsOnDisk, run_metric
+from bitatlas.analysis.metrics.spectral import Spectral
+from bitatlas.analysis.power_law import fit_power_law
+
+
+class TestConformance(MetricConformance):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def case(cls, context):
+        return Case(Spectral, lambda seed: context("gpt2", seed=seed))
+
+
+def test_equals_a_double_precision_svd(context, tmp_path):
+    with context("mixtral") as ctx:
+        metric = Spectral()
+        rows = {(r.metric, r.unit): r for r in run_metric(metric, ctx, tmp_path)}
+        parts = PartsOnDisk(tmp_path, metric.plan(ctx))
+        for unit in ctx.index.units:
+            lam = np.linalg.svd(ctx.reader.get(unit).double().numpy(), compute_uv=False)[::-1] ** 2
+            stored = metric.eigenvalues(ctx, parts, unit.key)
+            assert stored == pytest.approx(lam, rel=1e-4, abs=1e-6 * lam[-1])
+            fit = fit_power_law(lam)
+            got = rows["spectral_alpha", unit.key]
+            assert got.value == pytest.approx(fit.alpha, abs=1e-3)
+            assert got.stderr == pytest.approx(fit.sigma, abs=1e-3)
+            assert got.count == fit.tail
+            assert rows["spectral_distance", unit.key].value == pytest.approx(fit.distance, abs=1e-4)
+            assert rows["spectral_weighted", unit.key].value == pytest.approx(
+                fit.alpha * np.log10(lam[-1]), abs=1e-2
+            )
+            assert rows["spectral_log_norm", unit.key].value == pytest.approx(np.log10(lam.sum()), abs=1e-5)
+            known = lam[lam > 1e-5]
+            assert rows["spectral_log_det", unit.key].value == pytest.approx(np.log(known).mean(), abs=1e-3)
+        with pytest.raises(KeyError):
+            metric.eigenvalues(ctx, parts, "nobody")
