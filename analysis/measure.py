@@ -278,7 +278,9 @@ def run_metric(
 
 def _plain(r: DamageRow) -> DamageRow:
     """The row with Python's own numbers, whatever scalars the metric's arithmetic left behind."""
-    return DamageRow(r.metric, r.unit, r.format, float(r.value), float(r.stderr), int(r.count), float(r.floor))
+    return DamageRow(
+        r.metric, r.unit, r.format, float(r.value), float(r.stderr), int(r.count), float(r.floor)
+    )
 
 
 def _write_part(path: Path, rows: list[DamageRow], arrays: Mapping[str, np.ndarray]) -> None:
