@@ -33,11 +33,12 @@ class Packer:
     """Writes ``allocation`` of the checkpoint ``index`` into ``out``, resumable.
 
     Args:
-        index: an index of a safetensors folder.
+        index: the checkpoint that the allocation is for.
         allocation: must be for this very checkpoint.
         out: the folder to write; empty, missing, or an unfinished packing of the same.
         quantizer: name in `kernels.quantizers.QUANTIZERS`.
         shard_bytes: largest shard.
+        source: where the weights are read from: the imported safetensors folder of a GGUF file; None = ``index``.
 
     Raises:
         UserError: an allocation for another model, a folder that is in use, an unknown quantiser, too small a disk.
@@ -51,20 +52,21 @@ class Packer:
         *,
         quantizer: str = "rtn",
         shard_bytes: int = SHARD_BYTES,
+        source: ModelIndex | None = None,
     ) -> None:
         from bitatlas.kernels.packed.manifest import Manifest, PackedKept, PackedUnit, plan_shards
         from bitatlas.kernels.quantizers import get_quantizer
 
         allocation.check_model(index)
-        self.index, self.allocation, self.out = index, allocation, Path(out).expanduser()
+        self.index, self.allocation, self.out = source or index, allocation, Path(out).expanduser()
         self._quantize = get_quantizer(quantizer)
-        self._units: dict[str, QuantUnit] = {u.key: u for u in index.units}
+        self._units: dict[str, QuantUnit] = {u.key: u for u in self.index.units}
         units = [
             PackedUnit(u.key, u.tensor, u.rows, u.cols, allocation.formats[u.key], u.expert, u.part,
                        u.transposed, u.interleaved)
-            for u in index.units
+            for u in self.index.units
         ]  # fmt: skip
-        kept = [PackedKept(k.name, k.shape, k.dtype, k.nbytes) for k in index.kept]
+        kept = [PackedKept(k.name, k.shape, k.dtype, k.nbytes) for k in self.index.kept]
         self.manifest = Manifest(
             *plan_shards(units, kept, shard_bytes),
             quantizer=quantizer,

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from bitatlas.analysis.model_index import index_model
+from bitatlas.analysis.schema import UserError
 from bitatlas.app.jobs.work import Work
 from bitatlas.app.work.checkpoint import loadable
 from bitatlas.app.work.pack import Packer
@@ -23,13 +24,20 @@ class PackWork(Work):
     def packer(self) -> Packer:
         """Opened once per engine; refuses a checkpoint that changed since the job was asked for."""
         p = self.params
-        index = loadable(index_model(p["model"]), self.home)
-        return Packer(
-            index, Store(self.home).allocation(p["allocation"]), p["output"], quantizer=p["quantizer"]
-        )
+        index = index_model(p["model"])
+        if index.digest != p["digest"]:
+            raise UserError(
+                "the checkpoint changed since this job was submitted",
+                found=f"digest {index.digest[:12]}, the job is for {p['digest'][:12]}",
+                fix="solve and pack again",
+            )
+        allocation = Store(self.home).allocation(p["allocation"])
+        source = loadable(index, self.home)
+        return Packer(index, allocation, p["output"], quantizer=p["quantizer"], source=source)
 
     def plan(self) -> list[str]:
-        """One step per shard."""
+        """One step per shard. Claims the output folder, so that a wrong folder or a small disk shows at once."""
+        _ = self.packer.writer
         return self.packer.plan()
 
     def run(self, key: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ import torch
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import Allocation, ModelIndex
+from bitatlas.app.jobs.work import load_work
 from bitatlas.app.work.pack import Packer, check_output, check_quantizer, pack_model
+from bitatlas.cache.paths import Home
+from bitatlas.cache.store import Store
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import parse_format
 from bitatlas.kernels.packed import load
@@ -117,3 +121,30 @@ def test_a_weight_that_breaks_later_leaves_no_half_shard(
     assert "packed-00001.safetensors" in names
     assert not any(n.endswith(".tmp") or n == "packed-00002.safetensors" for n in names)
     assert json.loads((tmp_path / "packed" / "bitatlas.json.partial").read_text())["quantizer"] == "rtn"
+
+
+def test_an_imported_file_is_packed_from_the_folder_it_became(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = index_model(tiny_checkpoint("llama"))
+    file = replace(folder, digest="d" * 40, path="/models/tiny.gguf", source="gguf")
+    packer = Packer(file, allocate(file), tmp_path / "packed", source=folder)
+    for key in packer.plan():
+        packer.run(key)
+    assert packer.finish()["predicted_bytes"] == allocate(file).weights_bytes
+    load(tmp_path / "packed")
+
+
+def test_the_job_goes_on_in_a_new_process(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    index = index_model(tiny_checkpoint("mixtral"))
+    home = Home(tmp_path / "home")
+    key = Store(home).put_allocation(allocate(index))
+    params = {"model": index.path, "digest": index.digest, "allocation": key, "output": str(tmp_path / "packed"),
+              "quantizer": "rtn"}  # fmt: skip
+    for step in load_work("pack", params, home).plan():
+        assert step in load_work("pack", params, home).run(step)["note"]
+    result = load_work("pack", params, home).finish()
+    json.dumps(result)
+    load(result["folder"])
+    with pytest.raises(UserError, match="changed since"):
+        load_work("pack", params | {"digest": "0" * 40}, home).plan()
