@@ -116,14 +116,14 @@ class LoadedModel:
     @contextmanager
     def swapped(self, weights: Mapping[str, Tensor]) -> Iterator[LoadedModel]:
         """Other weights (rows, cols) inside the block; the originals come back bit for bit, also after an error."""
-        before = {key: self.handle(key).get().clone() for key in weights}
+        before: dict[str, Tensor] = {}
         try:
             for key, weight in weights.items():
-                self.handle(key).set(weight)
+                before[key] = self.handle(key).exchange(weight)
             yield self
         finally:
             for key, weight in before.items():
-                self.handle(key).set(weight)
+                self.handle(key).exchange(weight)
 
     @contextmanager
     def capture(self, callback: Callback, units: Iterable[str] | None = None) -> Iterator[None]:

@@ -69,6 +69,25 @@ class UnitHandle:
         with torch.no_grad():
             target.copy_(weight)
 
+    def exchange(self, weight: Tensor) -> Tensor:
+        """Put a (rows, cols) matrix in the unit's place; returns what was there.
+
+        A unit that is a parameter of its own swaps pointers: nothing is copied, and until it is exchanged back
+        the model reads ``weight`` itself. A part of a parameter is copied.
+
+        Raises:
+            ValueError: another shape.
+        """
+        param = self.param
+        own = self.expert < 0 and not self.transposed and not self.half and weight.is_contiguous()
+        if own and (weight.shape, weight.dtype, weight.device) == (param.shape, param.dtype, param.device):
+            before = param.data
+            param.data = weight.detach()
+            return before
+        before = self.get().clone()
+        self.set(weight)
+        return before
+
     def grad(self) -> Tensor | None:
         """(rows, cols) view of the gradient, None when there is none."""
         return None if self.param.grad is None else self.view(self.param.grad)

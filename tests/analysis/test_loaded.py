@@ -109,3 +109,22 @@ def test_capture_sees_the_matmuls(tiny_checkpoint, family):
                 basis = torch.linalg.pinv(g) @ g
                 torch.testing.assert_close(grad.double() @ basis, grad.double(), atol=1e-6, rtol=1e-3)
     assert all(not p.requires_grad and p.grad is None for p in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2", "qwen3_moe"])
+def test_swapping_whole_parameters_copies_nothing_and_errors_restore(tiny_checkpoint, family):
+    loaded = LoadedModel.open(index_model(tiny_checkpoint(family)))
+    keys = loaded.index.unit_keys()
+    before = {k: (loaded.handle(k).get().data_ptr(), loaded.handle(k).get().clone()) for k in keys}
+    weights = {k: torch.zeros(loaded.handle(k).get().shape) for k in keys}
+    with loaded.swapped(weights):
+        whole = [k for k in keys if loaded.handle(k).param.data.data_ptr() == weights[k].data_ptr()]
+        assert all(float(loaded.handle(k).get().abs().max()) == 0 for k in keys)
+    assert bool(whole) == (family != "gpt2" or any(not loaded.handle(k).transposed for k in keys))
+    weights[keys[-1]] = torch.zeros(2, 2)
+    with pytest.raises(ValueError), loaded.swapped(weights):
+        pass
+    for k in keys:
+        pointer, weight = before[k]
+        assert loaded.handle(k).get().data_ptr() == pointer
+        assert torch.equal(loaded.handle(k).get(), weight)
