@@ -23,10 +23,12 @@ from bitatlas.solvers.hull import Hull
 from bitatlas.solvers.ilp import Ilp
 from bitatlas.solvers.mckp import Mckp
 from bitatlas.solvers.mixes import Q4KM, AttentionHigh, FirstLast
+from bitatlas.solvers.nsga2 import Nsga2
 from bitatlas.solvers.pmq import Pmq, PmqGlobal
 from bitatlas.solvers.problem import Problem, SideBudget
 from bitatlas.solvers.projection_descent import ProjectionDescent
 from bitatlas.solvers.random_best import RandomBest
+from bitatlas.solvers.tpe import Tpe
 from bitatlas.solvers.uniform import Uniform
 
 __all__ = [
@@ -64,6 +66,8 @@ SOLVERS: dict[str, type[Solver]] = {
     "attention_high": AttentionHigh,
     "q4_k_m": Q4KM,
     "random_best": RandomBest,
+    "tpe": Tpe,
+    "nsga2": Nsga2,
 }
 
 
