@@ -60,6 +60,28 @@ def _nll(log_probs: Tensor, ids: Tensor) -> float:
     return -log_probs[:, :-1].gather(-1, ids[:, 1:, None]).mean().item()
 
 
+def _kl(base: Tensor, other: Tensor) -> float:
+    """KL(base || other) of (S, T, V) log-probabilities, nats per token."""
+    return (base.exp() * (base - other)).sum(-1).mean().item()
+
+
+def _expert_kl(model: torch.nn.Module, ids: Tensor, base: Tensor, fmt: Format) -> list[list[float]]:
+    """KL when one expert alone, all three projections of it, is rounded to ``fmt``: [layer][expert]."""
+    table = []
+    for layer in model.model.layers:
+        stacks = [p for p in layer.mlp.experts.parameters() if p.ndim == 3]
+        row = []
+        for e in range(stacks[0].shape[0]):
+            kept = [p[e].clone() for p in stacks]
+            for p in stacks:
+                p[e] = quantize_dequantize(p[e], fmt)
+            row.append(round(_kl(base, _log_probs(model, ids)), 6))
+            for p, w in zip(stacks, kept):
+                p[e] = w
+        table.append(row)
+    return table
+
+
 @torch.no_grad()
 def measure(folder: Path, text: Path, tokens: int, context: int) -> dict[str, Any]:
     """Figures of the checkpoint in ``folder`` on the first ``tokens`` tokens of ``text``, in rows of ``context``."""
@@ -76,8 +98,10 @@ def measure(folder: Path, text: Path, tokens: int, context: int) -> dict[str, An
     for name in FORMAT_NAMES:
         with _all_linears_in(model, parse_format(name)):
             other = _log_probs(model, ids)
-        kl[name] = round((base.exp() * (base - other)).sum(-1).mean().item(), 5)
+        kl[name] = round(_kl(base, other), 5)
         perplexity[name] = round(math.exp(_nll(other, ids)), 3)
+    few = max(1, 2048 // context)  # rows: one forward an expert
+    one_expert = _expert_kl(model, ids[:few], base[:few], parse_format("int2-g64"))
     out = model(input_ids=ids[: max(1, 8192 // context)], output_router_logits=True)
     k = model.config.num_experts_per_tok
     usage = [
@@ -92,8 +116,14 @@ def measure(folder: Path, text: Path, tokens: int, context: int) -> dict[str, An
         "bits_per_character": round(nll / math.log(2) * len(all_ids) / len(raw), 4),
         "kl_nats_per_token": kl,
         "perplexity_quantised": perplexity,
+        "expert_kl_tokens": ids[:few].numel(),
+        "expert_kl_int2_g64": one_expert,
         "expert_usage": [[round(u, 4) for u in layer] for layer in usage],
     }
+
+
+def _table(rows: list[list[float]], form: str) -> str:
+    return "\n".join(f"| {n} | {' | '.join(map(form.format, row))} |" for n, row in enumerate(rows))
 
 
 def readme(report: dict[str, Any]) -> str:
@@ -103,11 +133,10 @@ def readme(report: dict[str, Any]) -> str:
         f"| {name} | {kl:.4f} | {report['perplexity_quantised'][name]:.2f} |"
         for name, kl in report["kl_nats_per_token"].items()
     )
-    usage = "\n".join(
-        f"| {layer} | {' | '.join(f'{u:.3f}' for u in row)} |"
-        for layer, row in enumerate(report["expert_usage"])
-    )
-    experts = range(s["experts"])
+    usage = _table(report["expert_usage"], "{:.3f}")
+    one_expert = _table(report["expert_kl_int2_g64"], "{:.4f}")
+    head = f"""| layer | {" | ".join(f"expert {e}" for e in range(s["experts"]))} |
+|---|{"---|" * s["experts"]}"""
     return f"""---
 license: apache-2.0
 language: en
@@ -142,7 +171,11 @@ All attention and expert matrices rounded to nearest (`bitatlas.kernels.referenc
 
 Share of tokens that reach an expert (sums to {s["top_k"]} in each layer):
 
-| layer | {" | ".join(f"expert {e}" for e in experts)} |
-|---|{"---|" * s["experts"]}
+{head}
 {usage}
+
+KL when one expert alone goes to int2-g64 ({report["expert_kl_tokens"]:,} tokens):
+
+{head}
+{one_expert}
 """

@@ -37,7 +37,7 @@ def test_it_is_a_small_sharded_checkpoint():
 
 def test_every_expert_projection_is_a_unit():
     index = index_model(DEMO / "model")
-    experts = [u for u in index.units if u.expert is not None]
+    experts = [u for u in index.units if u.expert >= 0]
     assert len(experts) == 4 * 8 * 3
     assert len(index.units) == 4 * 8 * 3 + 4 * 4 + 1  # attention, and the tied embedding once
 
@@ -64,6 +64,12 @@ def test_experts_are_used_unevenly_and_all_of_them(figures):
     for layer in figures["expert_usage"]:
         assert min(layer) > 0
         assert max(layer) > 1.5 * min(layer)
+
+
+def test_experts_differ_in_what_two_bits_do_to_them(figures):
+    damage = [d for layer in figures["expert_kl_int2_g64"] for d in layer]
+    assert min(damage) > 0
+    assert max(damage) > 5 * min(damage)
 
 
 def test_the_card_and_the_benchmark_agree():
