@@ -77,9 +77,23 @@ def use_eager_experts(model: nn.Module) -> bool:
 
 def watch_experts(module: nn.Module, watcher: ExpertWatcher) -> Callable[[], None]:
     """Report the experts of one module to ``watcher`` from now on; returns the function that ends it."""
+    if not hasattr(module, "_apply_gate"):
+        return module.register_forward_pre_hook(lambda m, args: _report_batched(m, args[0], watcher)).remove
     _WATCHERS[id(module)] = watcher
 
     def end() -> None:
         _WATCHERS.pop(id(module), None)
 
     return end
+
+
+def _report_batched(module: Any, hidden_states: Tensor, watcher: ExpertWatcher) -> None:
+    """Llama 4: every expert gets all tokens, already scaled by their routing weight, zero where not routed."""
+    with torch.no_grad():
+        states = hidden_states.detach().view(module.gate_up_proj.shape[0], -1, hidden_states.shape[-1])
+        for e in range(states.shape[0]):
+            token = states[e].abs().amax(-1).nonzero().flatten()
+            if token.numel():
+                x = states[e][token]
+                gate, up = (x @ module.gate_up_proj[e]).chunk(2, dim=-1)
+                watcher(e, x, up * module.act_fn(gate), token, torch.ones_like(x[:, 0]))

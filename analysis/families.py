@@ -31,13 +31,20 @@ _LEAF_ROLES: dict[str, str] = {
     "q_b_proj": "q_b",
     "kv_a_proj_with_mqa": "kv_a",
     "kv_b_proj": "kv_b",
-    **dict.fromkeys(("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"), "embed"),
+    "embed_tokens_per_layer": "embed",
+    "input_linear": "gate_up",  # Granite's shared MLP
+    "output_linear": "down",
+    **dict.fromkeys(
+        ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "embeddings"), "embed"
+    ),
     **dict.fromkeys(("lm_head", "embed_out"), "head"),
 }
 # Granite-MoE and Aria name the fused stacks differently from everybody else.
 _FUSED_ROLES = {"gate_up_proj": "gate_up", "down_proj": "down", "gate_proj": "gate", "up_proj": "up",
                 "input_linear": "gate_up", "output_linear": "down"}  # fmt: skip
 _ROUTERS = {"gate", "router", "shared_expert_gate", "wg", "gate_network"}
+# Applied through their bare weight inside a scan kernel, never as a layer of their own.
+_STATE_SPACE = {"dt_proj"}
 _POSITIONS = {"wpe", "embed_positions", "position_embeddings", "position_embedding", "token_type_embeddings",
               "pos_embed", "relative_attention_bias"}  # fmt: skip
 _OTHER_MODALITY = re.compile(
@@ -97,7 +104,13 @@ def classify(name: str, shape: tuple[int, ...], model_type: str, hidden: int = 0
         return _stacked(path, shape, layer_of(name), model_type, hidden)
     if len(shape) != 2 or min(shape) < 2 or not name.endswith(".weight"):
         return None
-    if leaf in _ROUTERS or parent == "router" or leaf in _POSITIONS or "norm" in leaf or "conv" in leaf:
+    if (
+        leaf in _ROUTERS
+        or parent == "router"
+        or leaf in _POSITIONS | _STATE_SPACE
+        or "norm" in leaf
+        or "conv" in leaf
+    ):
         return None
     expert = _EXPERT.search(name)
     role = _LEAF_ROLES.get(leaf)

@@ -119,7 +119,7 @@ def map_units(index: ModelIndex, model: nn.Module) -> dict[str, UnitHandle]:
     handles = {}
     for unit in index.units:
         handle = _in_experts(unit, experts, index) if unit.expert >= 0 else None
-        handle = handle or _by_name(unit, params, bare, owners)
+        handle = handle or _by_name(unit, params, bare, owners) or _by_role(unit, model)
         if handle is None or tuple(handle.get().shape) != (unit.rows, unit.cols):
             shape = "nothing" if handle is None else f"a matrix {tuple(handle.get().shape)}"
             raise UserError(
@@ -148,6 +148,14 @@ def _by_name(
     if fused and leaf in ("gate_proj", "up_proj") and params[fused].dim() == 2:
         return UnitHandle(unit, params[fused], half=leaf.removesuffix("_proj"))
     return None
+
+
+def _by_role(unit: QuantUnit, model: nn.Module) -> UnitHandle | None:
+    """The model's own embedding or head, when the checkpoint calls it differently (GPT-NeoX's embed_out)."""
+    getter = {"embed": "get_input_embeddings", "head": "get_output_embeddings"}.get(unit.role, "")
+    module = getattr(model, getter)() if hasattr(model, getter) else None
+    weight = getattr(module, "weight", None)
+    return UnitHandle(unit, weight) if isinstance(weight, nn.Parameter) else None
 
 
 def _in_experts(unit: QuantUnit, experts: Mapping[int, nn.Module], index: ModelIndex) -> UnitHandle | None:

@@ -50,6 +50,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK | {"num_hidden_layers": 3}),
     "gpt_oss": ("GptOssConfig", _DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
 }  # fmt: skip
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama4": (
+        "Llama4TextConfig",
+        _DENSE | {"intermediate_size_mlp": 44, "num_local_experts": 4, "num_experts_per_tok": 1,
+                  "interleave_moe_layer_step": 1, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
+    ),
+    "granitemoe_shared": (
+        "GraniteMoeSharedConfig",
+        _DENSE | {"head_dim": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 28,
+                  "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in _DENSE.items() if k not in ("head_dim", "num_key_value_heads")}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        _MOE | {"shared_expert_intermediate_size": 28, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 4}),
+}  # fmt: skip
+"""Families beyond the promised ones; they keep the rules honest."""
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
 
 
@@ -60,7 +81,7 @@ def make_checkpoint(
     import torch
     import transformers
 
-    kind, settings = FAMILIES[family]
+    kind, settings = (FAMILIES | MORE)[family]
     config = getattr(transformers, kind)(**(settings | changes))
     torch.manual_seed(sum(map(ord, family)))
     model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
