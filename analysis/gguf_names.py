@@ -61,7 +61,7 @@ def index_gguf(path: str | Path) -> ModelIndex:
             # What the import will hold: bf16.
             infos.append(TensorInfo(name, "BF16", shape, 0, 2 * math.prod(shape)))
     types = sorted({t.type for t in header.tensors.values()} - {"F32", "F16", "BF16"})
-    notes = ["import the file before measuring: bitatlas import FILE"]
+    notes = ["the first job turns the file into a bf16 checkpoint folder, once"]
     if types:
         notes.append(
             f"the weights are already quantised ({', '.join(types)}); damage is measured against those"

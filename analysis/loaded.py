@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bitatlas.analysis.checkpoint import CheckpointFiles, sanitized
 from bitatlas.analysis.experts_hook import use_eager_experts, watch_experts
+from bitatlas.analysis.model_index import is_mxfp4
 from bitatlas.analysis.schema import ModelIndex
 from bitatlas.analysis.unit_map import UnitHandle, expert_modules, map_units
 from bitatlas.analysis.weights import WeightReader
@@ -214,13 +215,21 @@ def _config(files: CheckpointFiles, index: ModelIndex) -> tuple[Any, Any]:
     return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
+def _in_model(reader: WeightReader, name: str) -> tuple[str, Tensor]:
+    """Name and value of a stored tensor as transformers expects it: MXFP4 blocks become (experts, in, out)."""
+    tensor = reader.tensor(name)
+    if is_mxfp4(reader.files.tensors[name][1]):
+        return name.removesuffix("_blocks"), tensor.transpose(1, 2).contiguous()
+    return name, tensor
+
+
 def _build(index: ModelIndex, reader: WeightReader, dtype: torch.dtype, attention: str | None) -> nn.Module:
     """The filled model, on the CPU."""
     from transformers.utils import logging
 
     config, kind = _config(reader.files, index)
     names = {u.tensor for u in index.units} | {k.name for k in index.kept}
-    state = {name: reader.tensor(name) for name in reader.files.tensors if name in names}
+    state = dict(_in_model(reader, name) for name in reader.files.tensors if name in names)
     options = {"attn_implementation": attention} if attention else {}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,21 @@ from bitatlas.analysis.safetensors_header import TensorInfo, open_regular
 from bitatlas.analysis.schema import KeptTensor, ModelIndex, QuantUnit
 from bitatlas.kernels.errors import UserError
 
-__all__ = ["build_index", "index_model", "model_digest", "sampled_digest", "scale_of"]
+__all__ = [
+    "build_index",
+    "index_model",
+    "is_mxfp4",
+    "matrix_shape",
+    "model_digest",
+    "sampled_digest",
+    "scale_of",
+]
 
 _BLOCKS, _BLOCK_BYTES = 16, 64 << 10
 _MAX_UNITS = 1_000_000
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-_READABLE_QUANT = {"fp8"}
+_READABLE_QUANT = {"fp8", "mxfp4"}
+_MXFP4 = "_blocks"
 _ROLE_RANK = {role: i for i, role in enumerate(ROLE_ORDER)}
 
 
@@ -48,7 +58,7 @@ def index_model(path: str | Path) -> ModelIndex:
     copies = _tied_copies(files) if config.get("tie_word_embeddings") is True else set()
     return build_index(
         files.folder, config, (info for name, (_, info) in files.tensors.items() if name not in copies),
-        model_digest(files), name=files.folder.name, architecture=_architecture(files.config),
+        model_digest(files), name=_model_name(files.folder), architecture=_architecture(files.config),
         notes=list(files.notes),
     )  # fmt: skip
 
@@ -71,8 +81,11 @@ def build_index(
     beyond = 0
     for t in infos.values():
         if t.name in scales:
-            continue  # Belongs to its fp8 weight; what replaces the weight replaces it too.
-        place = classify(t.name, t.shape, model_type, hidden) if t.dtype in _FLOATS else None
+            continue  # Belongs to its weight; what replaces the weight replaces it too.
+        name_of, shape = t.name.removesuffix(_MXFP4) if is_mxfp4(t) else t.name, matrix_shape(t)
+        place = classify(name_of, shape, model_type, hidden) if t.dtype in _FLOATS or is_mxfp4(t) else None
+        if place and is_mxfp4(t):
+            place = replace(place, transposed=False)  # MXFP4 blocks always run along the input
         if place and n_layers and place.layer >= n_layers:
             place, beyond = None, beyond + 1
         if place is None:
@@ -92,7 +105,9 @@ def build_index(
     if "embed" in roles and "head" not in roles:
         notes.append("the head is tied to the embedding: one unit, under the embedding's name")
     if scales:
-        notes.append(f"{len(scales)} weights are stored in fp8 with scales; they are read dequantised")
+        notes.append(
+            f"{len(scales)} weights are stored in fp8 or MXFP4 with scales; they are read dequantised"
+        )
     if beyond:
         notes.append(
             f"{beyond} tensors belong to layers beyond the model's {n_layers} (extra prediction heads); kept"
@@ -129,17 +144,28 @@ def _tied_copies(files: CheckpointFiles) -> set[str]:
     return copies
 
 
-def scale_of(name: str, names: Iterable[str]) -> str:
-    """Name of the scale tensor of an fp8 weight ``name`` among ``names`` (a container), "" when it has none."""
-    for suffix in ("_scale_inv", "_scale"):
-        if name + suffix in names:
-            return name + suffix
-    return ""
+def scale_of(name: str, names: Container[str]) -> str:
+    """Name of the scale tensor of an fp8 or MXFP4 weight ``name`` among ``names``, "" when it has none."""
+    if name.endswith(_MXFP4):
+        candidates = [name.removesuffix(_MXFP4) + "_scales"]
+    else:
+        candidates = [name + "_scale_inv", name + "_scale"]
+    return next((c for c in candidates if c in names), "")
+
+
+def is_mxfp4(t: TensorInfo) -> bool:
+    """Whether these are MXFP4 blocks of stacked experts: (experts, rows, groups, 16) bytes, as gpt-oss stores them."""
+    return t.dtype == "U8" and t.name.endswith(_MXFP4) and len(t.shape) == 4 and t.shape[3] == 16
+
+
+def matrix_shape(t: TensorInfo) -> tuple[int, ...]:
+    """The shape of the weights in a stored tensor: its own, or (experts, rows, 32 groups) for MXFP4 blocks."""
+    return (*t.shape[:2], 32 * t.shape[2]) if is_mxfp4(t) else t.shape
 
 
 def _units(t: TensorInfo, place: Place) -> list[QuantUnit]:
     """The units inside one tensor: one, or one or two per expert of a stack."""
-    key = t.name.removesuffix(".weight")
+    key = t.name.removesuffix(_MXFP4 if is_mxfp4(t) else ".weight")
     if not place.stacked:
         rows, cols = t.shape[::-1] if place.transposed else t.shape
         return [
@@ -147,7 +173,7 @@ def _units(t: TensorInfo, place: Place) -> list[QuantUnit]:
                 key, place.role, place.layer, place.expert, rows, cols, t.name, transposed=place.transposed
             )
         ]
-    experts, a, b = t.shape
+    experts, a, b = matrix_shape(t)
     rows, cols = (b, a) if place.transposed else (a, b)
     out = []
     for e in range(experts):
@@ -176,6 +202,13 @@ def _order(u: QuantUnit) -> tuple[int, int, int, int, str]:
         _ROLE_RANK.get(u.role, len(ROLE_ORDER)),
         u.key,
     )
+
+
+def _model_name(folder: Path) -> str:
+    """The folder's name; for a snapshot in the hub cache the repository's."""
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.rsplit("--", 1)[1]
+    return folder.name
 
 
 def _architecture(config: dict[str, Any]) -> str:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bitatlas.analysis.checkpoint import CheckpointFiles
-from bitatlas.analysis.model_index import scale_of
+from bitatlas.analysis.model_index import is_mxfp4, matrix_shape, scale_of
 from bitatlas.analysis.safetensors_header import TensorInfo, open_regular
+from bitatlas.analysis.scaled import dequantize_fp8, dequantize_mxfp4
 from bitatlas.analysis.schema import ModelIndex, QuantUnit
 from bitatlas.kernels.errors import UserError
 
@@ -40,15 +41,16 @@ class WeightReader:
     def __init__(self, index: ModelIndex) -> None:
         if index.source == "gguf":
             raise UserError("a GGUF file has to be imported before its weights can be read", found=index.path,
-                            fix="bitatlas import FILE, then use the folder it makes")  # fmt: skip
+                            fix="bitatlas.analysis.gguf_import.import_gguf(FILE, FOLDER); jobs do it by themselves")  # fmt: skip
         self.index = index
         self.files = CheckpointFiles.open(index.path)
         self._units = {u.key: u for u in index.units}
         self._open: dict[str, int] = {}
         for u in index.units:
             found = self.files.tensors.get(u.tensor)
-            if found is None or sorted(found[1].shape[-2:]) != _stored_shape(u):
-                have = "no such tensor" if found is None else f"shape {list(found[1].shape)}"
+            shape = () if found is None else matrix_shape(found[1])
+            if sorted(shape[-2:]) != sorted((u.rows * 2 if u.part else u.rows, u.cols)):
+                have = f"shape {list(shape)}" if shape else "no such tensor"
                 raise UserError("the checkpoint changed since it was indexed", found=f"{u.tensor}: {have}",
                                 fix="scan it again")  # fmt: skip
 
@@ -78,10 +80,8 @@ class WeightReader:
                     f"there is no unit {unit!r}", found=f"{len(self._units)} units in {self.index.name}"
                 )
             unit = self._units[unit]
-        info = self.files.tensors[unit.tensor][1]
-        stacked = len(info.shape) == 3
-        weight = self._read(info, unit.expert if stacked else None)
-        weight = self._dequantized(unit.tensor, weight, info, unit.expert if stacked else None)
+        stacked = len(self.files.tensors[unit.tensor][1].shape) >= 3
+        weight = self._resolved(unit.tensor, unit.expert if stacked else None)
         weight = oriented(weight, unit).contiguous()
         _check_finite(unit.tensor, weight)
         return weight
@@ -99,16 +99,13 @@ class WeightReader:
         return self._read(self.files.tensors[name][1], None, as_stored=True)
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor for a model: fp8 weights come dequantised as float32, all others as they are stored.
+        """A whole tensor for a model: fp8 and MXFP4 come dequantised as float32, all others as they are stored.
 
         Raises:
             UserError: as `kept`; NaN or Inf in a floating tensor.
         """
         info = self.files.tensors[name][1]
-        if info.dtype in _FP8:
-            tensor = self._dequantized(name, self._read(info, None), info, None)
-        else:
-            tensor = self.kept(name)
+        tensor = self._resolved(name, None) if info.dtype in _FP8 or is_mxfp4(info) else self.kept(name)
         if tensor.is_floating_point():
             _check_finite(name, tensor)
         return tensor
@@ -146,38 +143,25 @@ class WeightReader:
                             fix="let the download or copy finish, then run again")  # fmt: skip
         return buffer
 
-    def _dequantized(self, name: str, weight: Tensor, info: TensorInfo, expert: int | None) -> Tensor:
-        """fp8 weight times its scale: one number, one per row, or one per block (128 x 128 unless shapes say else)."""
-        scale_name = scale_of(name, self.files.tensors) if info.dtype in _FP8 else ""
+    def _resolved(self, name: str, expert: int | None) -> Tensor:
+        """float32 of a tensor or of one expert's slice, its scales applied; MXFP4 comes as (.., rows, cols)."""
+        info = self.files.tensors[name][1]
+        scale_name = scale_of(name, self.files.tensors) if info.dtype in _FP8 or is_mxfp4(info) else ""
         if not scale_name:
-            return weight
-        scale = self._read(self.files.tensors[scale_name][1], None)
-        if expert is not None and scale.dim() == 3:
-            scale = scale[expert]
-        if scale.numel() == 1:
-            return weight * scale.reshape(())
-        if scale.dim() == 1:
-            scale = scale.unsqueeze(-1)
-        for axis in (-2, -1):
-            have, want = scale.shape[axis], weight.shape[axis]
-            if have not in (1, want):
-                block = self._block(axis)
-                if -(-want // block) != have:
-                    raise UserError(f"the fp8 scales of {name} do not fit it",
-                                    found=f"{have} scales for {want} in blocks of {block}")  # fmt: skip
-                scale = scale.repeat_interleave(block, axis).narrow(axis, 0, want)
-        return weight * scale
+            return self._read(info, expert)
+        scale_info = self.files.tensors[scale_name][1]
+        sliced = expert if len(scale_info.shape) >= 3 else None
+        if is_mxfp4(info):
+            return dequantize_mxfp4(
+                self._read(info, expert, True), self._read(scale_info, sliced, True), name
+            )
+        return dequantize_fp8(self._read(info, expert), self._read(scale_info, sliced), self._block(), name)
 
-    def _block(self, axis: int) -> int:
+    def _block(self) -> tuple[int, int]:
         quant = self.files.config.get("quantization_config")
         size = quant.get("weight_block_size") if isinstance(quant, dict) else None
         ok = isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)
-        return size[axis] if ok and size else 128
-
-
-def _stored_shape(u: QuantUnit) -> list[int]:
-    """The last two dimensions of the unit's tensor on disk, sorted."""
-    return sorted((u.rows * 2 if u.part else u.rows, u.cols))
+        return (size[0], size[1]) if ok and size else (128, 128)
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.model_index import index_model
+from bitatlas.analysis.scaled import dequantize_mxfp4
 from bitatlas.analysis.weights import WeightReader
 from bitatlas.kernels.errors import UserError
 
@@ -200,3 +201,59 @@ def test_memory_stays_at_one_unit(tmp_path):
         tracemalloc.stop()
     # Only the read buffers are Python's; torch allocates its copies elsewhere.
     assert peak < 3 * 256 * 1024 * 4
+
+
+def test_mxfp4_against_the_library():
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 5, 2, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(118, 130, (3, 5, 2), dtype=torch.uint8, generator=generator)
+    theirs = convert_moe_packed_tensors(blocks.clone(), scales.clone(), dtype=torch.float32)
+    ours = dequantize_mxfp4(blocks, scales, "x")
+    assert ours.shape == (3, 5, 64)
+    # The library transposes in the same step.
+    assert torch.equal(ours, theirs.transpose(1, 2))
+    with pytest.raises(UserError, match="do not fit"):
+        dequantize_mxfp4(blocks, scales[:, :4], "x")
+
+
+def test_mxfp4_checkpoint_runs_as_its_dequantised_twin(tiny_checkpoint, tmp_path):
+    """gpt-oss as it is published: experts in MXFP4 blocks along the input, gate and up alternating."""
+    source = tiny_checkpoint("gpt_oss", hidden_size=64, intermediate_size=32)
+    state = load_file(source / "model.safetensors")
+    packed, plain = {}, {}
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in state.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            packed[name] = plain[name] = tensor
+            continue
+        experts, inner, outer = tensor.shape
+        blocks = torch.randint(
+            0, 256, (experts, outer, inner // 32, 16), dtype=torch.uint8, generator=generator
+        )
+        scales = torch.randint(120, 124, blocks.shape[:3], dtype=torch.uint8, generator=generator)
+        packed[f"{name}_blocks"], packed[f"{name}_scales"] = blocks, scales
+        plain[name] = dequantize_mxfp4(blocks, scales, name).transpose(1, 2).contiguous()
+    config = json.loads((source / "config.json").read_text())
+    for folder, tensors, extra in (
+        ("packed", packed, {"quantization_config": {"quant_method": "mxfp4"}}),
+        ("plain", plain, {}),
+    ):
+        shutil.copytree(source, tmp_path / folder)
+        (tmp_path / folder / "config.json").write_text(json.dumps(config | extra))
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    a, b = index_model(tmp_path / "packed"), index_model(tmp_path / "plain")
+    assert [(u.key, u.role, u.rows, u.cols, u.expert) for u in a.units] == [
+        (u.key, u.role, u.rows, u.cols, u.expert) for u in b.units
+    ]
+    assert {k.name for k in a.kept} == {k.name for k in b.kept}
+    with WeightReader(a) as ours, WeightReader(b) as theirs:
+        for u, v in zip(a.units, b.units):
+            assert torch.equal(ours.get(u), theirs.get(v)), u.key
+    ids = torch.arange(1, 12)[None]
+    loaded = LoadedModel.open(a)
+    with WeightReader(a) as reader:
+        for u in a.units:
+            assert torch.equal(loaded.handle(u.key).get(), reader.get(u)), u.key
+    torch.testing.assert_close(loaded.logits(ids), LoadedModel.open(b).logits(ids), atol=1e-5, rtol=1e-5)
