@@ -148,48 +148,50 @@ class _Core:
         """Best allocation closer to the bound than ``gap`` by more than ``noise``."""
         todo = self.stages(gap, one_move)
         below = sum(_down(stage) for stage in todo)  # bytes that the stages to come can still give back
-        shift, cost = np.zeros(1, np.int64), np.zeros(1)
+        up, down = _rates(todo)
+        shift, cost = np.zeros(1, np.int64), np.zeros(1)  # states, by shift
         trail: list[tuple[_Stage, np.ndarray, np.ndarray]] = []
         best, best_at = gap, (-1, -1)
         status, made = OPTIMAL, 1
-        while todo:
-            stage = todo.pop(0)
-            # Every further improvement pays at least this stage's cheapest move.
-            keep = cost + _cheapest(stage) < best - noise
-            if not keep.any():
+        at = -1
+        while (at := at + 1) < len(todo):
+            stage = todo[at]
+            # Any improvement pays at least this stage's cheapest move, and for the bytes it is off the budget the
+            # best rate of the moves to come (or mu for bytes left unused).
+            off = slack - shift
+            fare = np.where(off >= 0, off * min(self.mu, up[at]), np.maximum(-off, 1) * down[at])
+            keep = np.flatnonzero(cost + np.maximum(fare, _cheapest(stage)) < best - noise)
+            if not keep.size:
                 break
             if time.perf_counter() > deadline:
                 status = TIME_LIMIT
                 break
             below -= _down(stage)
-            room = max(_PRODUCT // int(keep.sum()), 2)
+            room = max(_PRODUCT // keep.size, 2)
             if stage.cumulative and len(stage.shift) > room:
                 stage, rest = _cut(stage, room)
                 below += _down(rest)
-                insort(todo, rest, key=_cheapest)
-            parent = np.flatnonzero(keep)
-            new_shift = (shift[parent][:, None] + stage.shift).ravel()
-            new_cost = (cost[parent][:, None] + stage.cost).ravel()
-            origin = np.repeat(parent, len(stage.shift))
-            outcome = np.tile(np.arange(len(stage.shift)), len(parent))
+                insort(todo, rest, lo=at + 1, key=_cheapest)
+                up, down = _rates(todo)
+            new_shift = (stage.shift[:, None] + shift[keep]).ravel()
+            new_cost = (stage.cost[:, None] + cost[keep]).ravel()
             ok = np.flatnonzero((new_cost < best) & (new_shift + below <= slack))
-            ok = ok[np.lexsort((new_cost[ok], new_shift[ok]))]
+            # One sorted run per outcome: a stable sort only merges them.
+            ok = ok[np.argsort(new_shift[ok], kind="stable")]
             truth = new_cost[ok] - self.mu * new_shift[ok]
-            first = np.concatenate([[np.inf], np.minimum.accumulate(truth)[:-1]]) if len(ok) else truth
-            ok = ok[truth < first]
+            ok = ok[truth < np.append(np.inf, np.minimum.accumulate(truth)[:-1])]
             if len(ok) > _STATES:
-                ok = np.sort(ok[np.argpartition(new_cost[ok], _STATES)[:_STATES]])
+                ok = ok[np.sort(np.argpartition(new_cost[ok], _STATES)[:_STATES])]
                 status = FEASIBLE
+            if not ok.size:
+                break
             shift, cost = new_shift[ok], new_cost[ok]
             made += len(ok)
-            trail.append((stage, origin[ok].astype(np.int32), outcome[ok].astype(np.int32)))
-            if len(ok):
-                final = np.where(shift <= slack, cost + self.mu * (slack - shift), np.inf)
-                at = int(np.argmin(final))
-                if final[at] < best - noise:
-                    best, best_at = float(final[at]), (len(trail) - 1, at)
-            else:
-                break
+            trail.append((stage, keep[ok % keep.size].astype(np.int32), (ok // keep.size).astype(np.int32)))
+            final = np.where(shift <= slack, cost + self.mu * (slack - shift), np.inf)
+            first = int(np.argmin(final))
+            if final[first] < best - noise:
+                best, best_at = float(final[first]), (len(trail) - 1, first)
         choice, conflict = self._trace(trail, *best_at)
         return _Searched(None if conflict else choice, status, made, conflict)
 
@@ -212,6 +214,17 @@ class _Core:
 def _cheapest(stage: _Stage) -> float:
     """Reduced cost of the stage's cheapest move."""
     return float(stage.cost[1:].min())
+
+
+def _rates(stages: list[_Stage]) -> tuple[np.ndarray, np.ndarray]:
+    """(N + 1,) least reduced cost per byte gained, and per byte given back, by stage i or any later one."""
+    up, down = np.full(len(stages) + 1, np.inf), np.full(len(stages) + 1, np.inf)
+    for i, stage in enumerate(stages):
+        rate = stage.cost[1:] / np.abs(stage.shift[1:])
+        more = stage.shift[1:] > 0
+        up[i] = rate[more].min(initial=np.inf)
+        down[i] = rate[~more].min(initial=np.inf)
+    return np.minimum.accumulate(up[::-1])[::-1], np.minimum.accumulate(down[::-1])[::-1]
 
 
 def _down(stage: _Stage) -> int:
