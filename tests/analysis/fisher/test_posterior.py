@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 
 from bitatlas.analysis.fisher.matrix import ProbeMatrix
-from bitatlas.analysis.fisher.posterior import (
-    isotonic,
-    monotone_families,
-    posterior,
-    shrink_rare,
-    trace_form,
-)
+from bitatlas.analysis.fisher.monotone import isotonic, monotone_families
+from bitatlas.analysis.fisher.posterior import posterior, shrink_rare, trace_form
 
 FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int6-g64")
 
