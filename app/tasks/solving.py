@@ -22,6 +22,7 @@ from bitatlas.analysis.schema import (
     resolve_pins,
 )
 from bitatlas.app.budgets import resolve_budget
+from bitatlas.app.tasks.interaction import with_probes
 from bitatlas.app.tasks.models import register
 from bitatlas.cache.paths import Home, atomic_write
 from bitatlas.cache.store import Store
@@ -149,7 +150,8 @@ def solve_table(
 ) -> Allocation:
     """`solve` without the store: what a page calls while a slider moves."""
     problem = build_problem(index, table, formats, budget.weights_bytes - index.kept_bytes, pins, ties)
-    solution = get_solver(solver).solve(problem, seed=seed)
+    algorithm = get_solver(solver)
+    solution = algorithm.solve(with_probes(problem, table, algorithm), seed=seed)
     provenance = Provenance(
         model_digest=index.digest, model_name=index.name, seed=seed,
         settings={"run": table.run if table else "", "formats": list(formats), "solver": solver},
@@ -173,7 +175,7 @@ def frontier(
         model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
     )
     ceiling = int(index.bytes_table([parse_format(f) for f in names]).max(axis=1).sum())
-    problem = build_problem(index, table, names, ceiling, pinned, ties)
+    problem = with_probes(build_problem(index, table, names, ceiling, pinned, ties), table, algorithm)
     front = sweep(problem, algorithm, points=points)
     store.put_frontier(index.digest, front)
     return front
