@@ -12,6 +12,7 @@ from bitatlas.analysis.metrics.weight_error import squared_error
 from bitatlas.analysis.schema import NO_FORMAT, DamageRow
 from bitatlas.analysis.spectra import (
     farms_eigenvalues,
+    farms_takes_all,
     gram_eigenvalues,
     hill_alpha,
     spectral_entropy,
@@ -47,7 +48,13 @@ class AlphaQ(Metric):
     PER_FORMAT = True
     EMITS = ("alphaq", *_FREE)
     VERSION = 1
-    SETTINGS = {"gamma": 1.0, "farms_seeds": 3, "size_factor": True, "distortion": "model"}
+    SETTINGS = {
+        "gamma": 1.0,
+        "farms_seeds": 3,
+        "farms_tiles": 256,
+        "size_factor": True,
+        "distortion": "model",
+    }
 
     def plan(self, ctx: MeasureContext) -> list[str]:
         """One step per layer, more for a large one."""
@@ -55,14 +62,15 @@ class AlphaQ(Metric):
             raise UserError(
                 "unknown distortion", found=repr(self.option(ctx, "distortion")), fix="model or measured"
             )
-        if not 1 <= int(self.option(ctx, "farms_seeds")) <= 100:
-            raise UserError("farms_seeds must be 1 to 100", found=str(self.option(ctx, "farms_seeds")))
+        for name, most in (("farms_seeds", 100), ("farms_tiles", 65536)):
+            if not 1 <= int(self.option(ctx, name)) <= most:
+                raise UserError(f"{name} must be 1 to {most}", found=str(self.option(ctx, name)))
         return list(chunks_by_layer(ctx.index.units))
 
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
         """Per unit: alpha for every seed, the plain spectrum's numbers, and the distortion per format."""
         units = chunks_by_layer(ctx.index.units)[key]
-        seeds = int(self.option(ctx, "farms_seeds"))
+        seeds, most = int(self.option(ctx, "farms_seeds")), int(self.option(ctx, "farms_tiles"))
         alphas = np.full((len(units), seeds), np.nan)
         plain = np.full((len(units), 3), np.nan)
         distortion = np.full((len(units), len(ctx.formats)), np.nan)
@@ -70,9 +78,9 @@ class AlphaQ(Metric):
             weight = ctx.weight(unit)  # (rows, cols)
             whole = gram_eigenvalues(weight)
             plain[i] = hill_alpha(whole), stable_rank(whole), spectral_entropy(whole)
-            for s in range(seeds):
+            for s in range(1 if farms_takes_all(weight, most) else seeds):
                 generator = torch.Generator().manual_seed(ctx.random_seed("farms", s, unit.key))
-                alphas[i, s] = hill_alpha(farms_eigenvalues(weight, generator))
+                alphas[i, s:] = hill_alpha(farms_eigenvalues(weight, generator, most))
             if self.option(ctx, "distortion") == "measured":
                 distortion[i] = [squared_error(weight, f) for f in ctx.formats]
             else:
@@ -95,6 +103,7 @@ class AlphaQ(Metric):
         seeds = alphas.shape[1]
         alpha = alphas.mean(1)
         stderr = alphas.std(1, ddof=1) / seeds**0.5 if seeds > 1 else np.full(len(alpha), np.nan)
+        stderr[np.ptp(alphas, axis=1) == 0] = 0.0 if seeds > 1 else np.nan
         known = alpha[np.isfinite(alpha)]
         scale = (np.median(known) / alpha) ** gamma if known.size else np.full(len(alpha), np.nan)
         rows = []
@@ -119,9 +128,11 @@ class AlphaQ(Metric):
         flops = 0.0
         for u in ctx.index.units:
             n, m = min(u.rows, u.cols), max(u.rows, u.cols)
-            tiles = min(256, (u.rows // 128) * (u.cols // 128)) * int(self.option(ctx, "farms_seeds"))
-            # The eigensolver runs several times below the rate of a matrix product.
-            flops += 2.0 * m * n * n + 8 * 4 / 3 * n**3 + tiles * (2 + 8 * 4 / 3) * 128**3
+            most = int(self.option(ctx, "farms_tiles"))
+            tiles = (u.rows // 128) * (u.cols // 128)
+            tiles = tiles if tiles <= most else most * int(self.option(ctx, "farms_seeds"))
+            # A double precision eigensolver runs some 25 times below the rate of a float32 product.
+            flops += 2.0 * m * n * n + 25 * 4 / 3 * n**3 + tiles * (2 + 25 * 4 / 3) * 128**3
         measured = self.option(ctx, "distortion") == "measured"
         return Cost(
             steps=len(self.plan(ctx)),

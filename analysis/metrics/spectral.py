@@ -48,7 +48,7 @@ class Spectral(Metric):
         """Spectrum and fit of each unit; arrays: eigenvalues of all units behind each other, and their numbers."""
         rows, spectra = [], []
         for unit in chunks_by_layer(ctx.index.units)[key]:
-            lam = gram_eigenvalues(ctx.weight(unit)).numpy()  # (min(rows, cols),) ascending
+            lam = gram_eigenvalues(ctx.weight(unit), exact=True).numpy()  # (min(rows, cols),) ascending
             spectra.append(lam.astype(np.float32))
             fit = fit_power_law(lam)
             known = lam[lam > 1e-5]
@@ -88,5 +88,5 @@ class Spectral(Metric):
         for u in ctx.index.units:
             n, m = min(u.rows, u.cols), max(u.rows, u.cols)
             # A double precision eigensolver runs some 25 times below the rate of a float32 product.
-            flops += 2.0 * m * n * n + 25 * 4 / 3 * n**3
+            flops += 4.0 * m * n * n + 25 * 4 / 3 * n**3
         return Cost(steps=len(self.plan(ctx)), bytes_read=checkpoint_bytes(ctx.index), flops=flops)

@@ -142,17 +142,19 @@ def test_variants(context, tmp_path):
 
 
 def test_another_seed_moves_alpha_only_where_tiles_are_drawn(context, tmp_path):
-    wide = BIG | {"vocab_size": 128 * 300}
     found = []
     for seed in (0, 1):
-        with context("llama", seed=seed, changes=wide, settings={"farms_seeds": 2}) as ctx:
+        settings = {"farms_seeds": 3, "farms_tiles": 1}
+        with context("llama", seed=seed, changes=BIG | {"vocab_size": 700}, settings=settings) as ctx:
             rows = run_metric(AlphaQ(), ctx, tmp_path / str(seed))
+            several = {u.key for u in ctx.index.units if (u.rows // 128) * (u.cols // 128) > 1}
         found.append({r.unit: (r.value, r.stderr) for r in rows if r.metric == "alpha_hill"})
-    moved = {u for u in found[0] if found[0][u][0] != found[1][u][0]}
-    # Only embedding and head have more than 256 tiles.
-    assert moved == {"model.embed_tokens", "lm_head"}
-    assert all(found[0][u][1] > 0 for u in moved)
-    assert all(found[0][u][1] == 0 for u in found[0] if u not in moved)
+    moved = {u for u in found[0] if found[0][u] != found[1][u]}
+    # Of two tiles the same may be drawn again; embedding and head have five.
+    assert {"model.embed_tokens", "lm_head"} <= moved <= several < set(found[0])
+    assert {k for k in found[0] if found[0][k][1] > 0} <= several
+    for unit in moved:
+        assert found[0][unit][1] < 0.5 * found[0][unit][0]
 
 
 def test_wrong_settings(context, tmp_path):

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from conformance_metric import Case, MetricConformance
 
 from bitatlas.analysis.measure import PartsOnDisk, run_metric
 from bitatlas.analysis.metrics.spectral import Spectral
 from bitatlas.analysis.power_law import fit_power_law
+from bitatlas.analysis.spectra import gram_eigenvalues
 
 
 class TestConformance(MetricConformance):
@@ -26,6 +28,8 @@ def test_equals_a_double_precision_svd(context, tmp_path):
             stored = metric.eigenvalues(ctx, parts, unit.key)
             assert stored == pytest.approx(lam, rel=1e-4, abs=1e-6 * lam[-1])
             fit = fit_power_law(lam)
+            index = len(lam[lam > 1e-5]) - rows["spectral_alpha", unit.key].count
+            assert index == fit.index
             got = rows["spectral_alpha", unit.key]
             assert got.value == pytest.approx(fit.alpha, abs=1e-3)
             assert got.stderr == pytest.approx(fit.sigma, abs=1e-3)
@@ -39,3 +43,14 @@ def test_equals_a_double_precision_svd(context, tmp_path):
             assert rows["spectral_log_det", unit.key].value == pytest.approx(np.log(known).mean(), abs=1e-3)
         with pytest.raises(KeyError):
             metric.eigenvalues(ctx, parts, "nobody")
+
+
+def test_the_smallest_eigenvalue_survives():
+    rng = np.random.default_rng(0)
+    u, _ = np.linalg.qr(rng.standard_normal((90, 60)))
+    v, _ = np.linalg.qr(rng.standard_normal((60, 60)))
+    singular = np.geomspace(4e-3, 30, 60)
+    w = torch.from_numpy(u * singular @ v.T)
+    assert gram_eigenvalues(w, exact=True).numpy() == pytest.approx(singular**2, rel=1e-6)
+    assert gram_eigenvalues(w.T.contiguous(), exact=True).numpy() == pytest.approx(singular**2, rel=1e-6)
+    assert (gram_eigenvalues(w.float(), exact=True).numpy() > 1e-5).all()
