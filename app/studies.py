@@ -137,7 +137,7 @@ def open_store() -> Store:
 
 
 def list_studies(store: Store) -> list[StudyInfo]:
-    """Every known model with what has been measured, newest first. Reads no tables."""
+    """Every known model with what has been measured; measured ones first, then newest first. Reads no tables."""
     out = []
     for m in store.models():
         metrics = _newest(store, m["digest"])
@@ -147,7 +147,7 @@ def list_studies(store: Store) -> list[StudyInfo]:
                 tuple(metrics.values()), len(store.allocations(m["digest"])), len(store.verifications(m["digest"])),
             )
         )  # fmt: skip
-    return out
+    return sorted(out, key=lambda s: not s.metrics)
 
 
 def _newest(store: Store, digest: str) -> dict[str, MetricInfo]:

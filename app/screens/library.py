@@ -28,11 +28,14 @@ def page() -> None:
         empty_state("Models and what was measured on them will stand here. A finished study of a small mixture of experts comes with bitatlas.",
                     "Open the sample study", on_click=_open_sample)  # fmt: skip
     else:
-        _table(view, infos)
+        info = _table(view, infos)
+        _add_model()
+        _inside(info)
+        return
     _add_model()
 
 
-def _table(view: views.LibraryView, infos: list[studies.StudyInfo]) -> None:
+def _table(view: views.LibraryView, infos: list[studies.StudyInfo]) -> studies.StudyInfo:
     frame = pd.DataFrame(dict(view.columns))
     picked = st.dataframe(
         frame, hide_index=True, key="library_table", on_select="rerun", selection_mode="single-row",
@@ -42,7 +45,7 @@ def _table(view: views.LibraryView, infos: list[studies.StudyInfo]) -> None:
             "architecture": st.column_config.TextColumn("Architecture"),
             "weights": st.column_config.TextColumn("Weights", alignment="right"),
             "units": st.column_config.NumberColumn("Units", format="localized"),
-            "experts": st.column_config.NumberColumn("Experts a layer"),
+            "experts": st.column_config.TextColumn("Experts a layer", alignment="right"),
             "coverage": st.column_config.ProgressColumn("Coverage", format="percent", min_value=0, max_value=1,
                                                         help="Share of unit and format pairs measured by the best-covered metric"),
             "metrics": st.column_config.ListColumn("Metrics", width="medium"),
@@ -53,8 +56,8 @@ def _table(view: views.LibraryView, infos: list[studies.StudyInfo]) -> None:
         },
     )  # fmt: skip
     rows = picked["selection"]["rows"]
-    at = rows[0] if rows and rows[0] < len(infos) else 0
-    info = infos[at]
+    current = next((i for i, s in enumerate(infos) if s.digest == st.session_state.get("_study")), 0)
+    info = infos[rows[0] if rows and rows[0] < len(infos) else current]
     with st.container(horizontal=True, vertical_alignment="center"):
         if st.button(f"Open {info.name}", type="primary", icon=":material/grid_on:", key="open_study",
                      on_click=state.choose_study, args=(info.label,), disabled=not info.metrics):  # fmt: skip
@@ -65,14 +68,14 @@ def _table(view: views.LibraryView, infos: list[studies.StudyInfo]) -> None:
         st.button("Open the sample study", key="sample", on_click=_open_sample, type="tertiary")
         st.space("stretch")
         downloads("library", lambda: frame, lambda: {"title": view.title, **view.columns}, "library")
-    _inside(info)
+    return info
 
 
 def _inside(info: studies.StudyInfo) -> None:
     view = inside.build(get_study(info.digest).index)
     st.markdown(f"#### {view.title}")
     st.caption(view.subtitle)
-    size = {name: st.column_config.NumberColumn(name, format="bytes") for name in inside.SHOWN}
+    size = {name: st.column_config.TextColumn(name, alignment="right") for name in (*inside.SHOWN, "weights")}
     share = st.column_config.ProgressColumn(
         "share of the weights", format="percent", min_value=0, max_value=1
     )
@@ -82,10 +85,9 @@ def _inside(info: studies.StudyInfo) -> None:
 
 
 def _add_model() -> None:
-    st.markdown("#### Add a model")
     with st.form("add_model", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
         st.text_input(
-            "Checkpoint folder or .gguf file on this machine", placeholder="models/smollm2", width=520, key="new_model",
+            "Add a model: checkpoint folder or .gguf file on this machine", placeholder="models/smollm2", width=520, key="new_model",
             help="Only the headers are read. Folders outside $BITATLAS_MODEL_ROOTS are refused here; the command line takes any path.",
         )  # fmt: skip
         st.form_submit_button("Add", icon=":material/add:", on_click=_add)

@@ -58,15 +58,15 @@ def _request(study: Study) -> views.RunRequest:
         symmetric = st.toggle(
             "Symmetric", key="symmetric", bind="query-params", help="No zero points are stored."
         )
-    text = ""
-    if any(table[n]["needs"] != "weights" for n in names):
+    text, tokens, length = "", 8192, 128
+    reads_text = any(table[n]["needs"] != "weights" for n in names)
+    if reads_text:
         text = st.text_input("Calibration text", key="calibration", bind="query-params", placeholder="a text or JSONL file on this machine",
                              help="The demo model brings its own text; leave empty then.")  # fmt: skip
     with st.container(horizontal=True):
-        tokens = st.number_input(
-            "Tokens", 256, 10_000_000, 8192, 1024, key="tokens", bind="query-params", width=150
-        )
-        length = st.number_input("Tokens a sequence", 16, 8192, 128, 16, key="seq_len", bind="query-params", width=150)  # fmt: skip
+        if reads_text:
+            tokens = st.number_input("Tokens", 256, 10_000_000, tokens, 1024, key="tokens", bind="query-params", width=150)  # fmt: skip
+            length = st.number_input("Tokens a sequence", 16, 8192, length, 16, key="seq_len", bind="query-params", width=150)  # fmt: skip
         seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="seed", bind="query-params", width=110)
     return views.RunRequest(tuple(names), tuple(bits or ()), str(group), bool(symmetric), text or "", int(tokens), int(length), int(seed))  # fmt: skip
 
@@ -104,7 +104,10 @@ def _start(study: Study, request: views.RunRequest, estimate: list[dict[str, obj
         error_box(problem)
         return
     rows = views.cost_table(estimate)
-    st.dataframe(pd.DataFrame(dict(rows)), hide_index=True, height="content", key="cost_table")
+    heads = {n: st.column_config.NumberColumn(n, format="localized", help="tokens through the model") for n in ("forward", "backward")}  # fmt: skip
+    st.dataframe(
+        pd.DataFrame(dict(rows)), hide_index=True, height="content", key="cost_table", column_config=heads
+    )
     seconds = views.total_seconds(estimate)
     if seconds > _ASK_ABOVE_S:
         if st.button(

@@ -37,7 +37,7 @@ def build(index: ModelIndex) -> InsideView:
     columns["weights"] = [params(weights[ids].sum()) for ids in groups.values()]
     columns["share"] = [float(weights[ids].sum() / weights.sum()) for ids in groups.values()]
     for j, name in enumerate(SHOWN):
-        columns[name] = [int(sizes[ids, j].sum()) for ids in groups.values()]
+        columns[name] = [short_bytes(sizes[ids, j].sum()) for ids in groups.values()]
     total = dict(zip(SHOWN, sizes.sum(axis=0)))
     title = (
         f"{index.name}: {params(index.params)} weights in {count(len(index.units), 'unit')}, "

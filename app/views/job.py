@@ -133,20 +133,22 @@ class LayerProgress:
     done: np.ndarray
 
 
-_LAYERS = re.compile(r"layers? (\d+)(?:\D{1,4}(\d+))?")
+_LAYERS = re.compile(r"(?:^|/)layers? (\d+)(?: ?(?:-|to) ?(\d+))?")
 
 
-def by_layer(layers: int, steps: Mapping[str, Iterable[str]]) -> LayerProgress:
-    """Which layers are measured, from the keys of the finished steps of every metric."""
+def by_layer(
+    layers: int, steps: Mapping[str, Iterable[str]], fraction: float = float("nan")
+) -> LayerProgress:
+    """Which layers are measured, from the keys of the finished steps of every metric.
+
+    A metric whose steps go through the text and not through the layers measures all of them at once: its row
+    shows ``fraction``, the share of the job that is done.
+    """
     out = np.full((len(steps), layers), np.nan, np.float32)
     for row, keys in enumerate(steps.values()):
-        spans = [m for m in map(_LAYERS.match, keys) if m]
-        if spans:
-            out[row] = 0.0
+        spans = [m for m in map(_LAYERS.search, keys) if m]
+        out[row] = 0.0 if spans else fraction
         for m in spans:
-            first = int(m[1])
-            last = int(m[2]) if m[2] and "part" not in m[0] else first
-            out[row, first : last + 1] = 1.0
-    finished = np.nanmin(out, axis=0) if len(steps) and np.isfinite(out).any() else np.zeros(layers)
-    n = int((finished == 1).sum())
+            out[row, int(m[1]) : int(m[2] or m[1]) + 1] = 1.0
+    n = int((out.min(axis=0) == 1).sum()) if len(steps) else 0
     return LayerProgress(f"{n} of {layers} layers measured", tuple(steps), tuple(range(layers)), out)

@@ -49,7 +49,7 @@ def build(infos: Sequence[StudyInfo], freshness: Mapping[str, str]) -> LibraryVi
         "architecture": [s.architecture for s in infos],
         "weights": [params(s.params) for s in infos],
         "units": [s.units for s in infos],
-        "experts": [s.experts or None for s in infos],
+        "experts": [str(s.experts) if s.experts else "dense" for s in infos],
         "coverage": [_coverage(s) for s in infos],
         "metrics": [[m.name for m in s.metrics] for s in infos],
         "allocations": [s.allocations for s in infos],

@@ -91,7 +91,7 @@ def cost_table(estimate: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         "metric": [r["metric"] for r in estimate],
         "about": [duration(float(r["seconds"])) for r in estimate],
         "steps": [int(r["steps"]) for r in estimate],
-        "forward tokens": [int(r["forward_tokens"]) for r in estimate],
-        "backward tokens": [int(r["backward_tokens"]) for r in estimate],
+        "forward": [int(r["forward_tokens"]) for r in estimate],
+        "backward": [int(r["backward_tokens"]) for r in estimate],
         "read": [short_bytes(int(r["bytes_read"])) for r in estimate],
     }

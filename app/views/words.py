@@ -40,9 +40,11 @@ def short_bytes(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``8 s``, ``3 min``, ``2 h 10 min``; an em-free dash for the unknown."""
+    """``8 s``, ``3 min``, ``2 h 10 min``; ``unknown`` for NaN."""
     if not seconds >= 0:
         return "unknown"
+    if seconds < 1:
+        return "1 s"
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:

@@ -10,7 +10,7 @@ from bitatlas.app import state, studies
 from bitatlas.app.charts import progress as chart
 from bitatlas.app.jobs.status import JobStatus
 from bitatlas.app.views.job import JobView, by_layer, job_view
-from bitatlas.app.widgets.boxes import error_box
+from bitatlas.app.widgets.boxes import error_box, go
 from bitatlas.app.widgets.jobs import follow, jobs_now, model_name
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.twin import cli_twin, command
@@ -37,8 +37,14 @@ def _panel(index: ModelIndex) -> None:
     st.progress(view.fraction, text=view.line)
     if view.alive and view.active:
         st.caption(f"{view.steps} · {view.alive} · job {view.id}")
-    _layers(chosen, index)
+    _layers(chosen, view, index)
     with st.container(horizontal=True):
+        if (
+            view.state == "done"
+            and chosen.kind == "measure"
+            and st.button("Open the map", key="job_map", type="primary", icon=":material/grid_on:")
+        ):
+            go("sensitivity_map")
         if view.can_cancel:
             st.button(
                 "Cancel",
@@ -61,23 +67,23 @@ def _panel(index: ModelIndex) -> None:
         _list(jobs, [job_view(j, model_name(j)) for j in jobs])
 
 
-def _layers(job: JobStatus, index: ModelIndex) -> None:
+def _layers(job: JobStatus, shown: JobView, index: ModelIndex) -> None:
     if job.kind != "measure" or job.params.get("digest") not in (None, index.digest) or job.state == "done":
         return
     store = studies.open_store()
     wanted = set(job.params.get("metrics", []))
     since = (job.created or 0.0) - 1.0
-    steps = {}
+    steps: dict[str, list[str]] = {}
     for run in store.runs(index.digest):
         if (
             run.metric in wanted
             and run.metric not in steps
             and (run.finished is None or run.finished >= since)
         ):
-            steps[run.metric] = store.steps_done(run.run)
+            steps[run.metric] = [k for k in store.steps_done(run.run) if k.startswith(f"{run.metric}/")]
     if not steps:
         return
-    view = by_layer(index.n_layers, steps)
+    view = by_layer(index.n_layers, steps, shown.fraction)
     st.plotly_chart(
         chart.figure(view, current_palette()), key="job_layers", theme=None, alt=view.title, config={"displayModeBar": False}
     )  # fmt: skip

@@ -8,6 +8,7 @@ from bitatlas.analysis.schema import UserError
 from bitatlas.app import studies
 from bitatlas.app.jobs.status import JobStatus
 from bitatlas.app.views.job import job_view, ribbon
+from bitatlas.app.widgets.boxes import go
 from bitatlas.app.widgets.data import forget, get_studies
 
 __all__ = ["follow", "job_ribbon", "jobs_now", "model_name"]
@@ -59,9 +60,12 @@ def _ribbon() -> None:
         st.rerun(scope="app")
     text = ribbon([job_view(j, model_name(j)) for j in jobs])
     if text:
-        with st.container(
-            horizontal=True, vertical_alignment="center", width="content", gap="small", key="ribbon"
-        ):
-            st.markdown(f":blue-badge[:material/progress_activity: {text}]")
-            if st.button("follow", key="ribbon_open", type="tertiary"):
-                st.switch_page(st.session_state["_pages"]["run"])
+        pressed = st.button(
+            text,
+            key="ribbon",
+            type="tertiary",
+            icon=":material/progress_activity:",
+            help="Follow on the Run page",
+        )
+        if pressed:
+            go("run")

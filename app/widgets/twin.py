@@ -23,7 +23,7 @@ def command(*words: object, **options: object) -> str:
         for one in many:
             if one is True:
                 parts.append("--" + name.replace("_", "-"))
-            elif one not in (None, "", False):
+            elif one is not None and one is not False and one != "":
                 parts += ["--" + name.replace("_", "-"), str(one)]
     return shlex.join(parts)
 
