@@ -104,8 +104,8 @@ def _tools(study: Study, controls: views.MapControls) -> None:
         st.space("stretch")
         nothing = not len(state.selection())
         formats = [f for f in study.tables[controls.metric].formats if f != NO_FORMAT] or list(FORMATS)
-        name = st.selectbox("Pin the selection to", [*formats, "bf16"], index=len(formats) - 1, key="pin_format", width=170)  # fmt: skip
-        st.button("Pin", key="pin", icon=":material/keep:", on_click=state.pin_selection, args=(name,), disabled=nothing,
+        st.selectbox("Pin the selection to", [*formats, "bf16"], index=len(formats) - 1, key="pin_format", width=170)  # fmt: skip
+        st.button("Pin", key="pin", icon=":material/keep:", on_click=_pin, disabled=nothing,
                   shortcut="P", help="The Fit page keeps pinned units at their format.")  # fmt: skip
         st.button(
             "Free", key="free", icon=":material/keep_off:", on_click=state.free_selection, disabled=nothing
@@ -117,6 +117,10 @@ def _tools(study: Study, controls: views.MapControls) -> None:
                   shortcut="Ctrl+Shift+Z", help="Pin again")  # fmt: skip
     if problem:
         error_box(problem)
+
+
+def _pin() -> None:
+    state.pin_selection(st.session_state["pin_format"])
 
 
 def _units(study: Study, view: views.MapView, controls: views.MapControls) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -54,11 +55,19 @@ def home(tmp_path, monkeypatch) -> Home:
     return Home.default()
 
 
-@pytest.fixture
-def filled(home, fakes) -> list[str]:
-    """Two small finished studies in the store; returns the labels, as in the study picker."""
+@pytest.fixture(scope="session")
+def _filled_once(tmp_path_factory, fakes) -> tuple[Path, list[str]]:
+    home = Home(tmp_path_factory.mktemp("filled") / "home")
     store = Store(home)
     indexes = [fakes.dense_index(6, "dense-6"), fakes.moe_index(4, 8, "moe-4x8")]
     for index in indexes:
         fakes.fill(store, index)
-    return [f"{i.name}@{i.digest[:8]}" for i in indexes]
+    return home.root, [f"{i.name}@{i.digest[:8]}" for i in indexes]
+
+
+@pytest.fixture
+def filled(home, _filled_once) -> list[str]:
+    """Two small finished studies in the store; returns the labels, as in the study picker."""
+    folder, labels = _filled_once
+    shutil.copytree(folder, home.root)
+    return labels

@@ -1,0 +1,160 @@
+"""Library, Run and Map without a browser: on an empty store, on a sample study, from a deep link."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
+
+import bitatlas.app
+from bitatlas.app import state
+from bitatlas.app.screens import SCREENS
+from bitatlas.app.selection import Selection
+
+MAIN = Path(next(iter(bitatlas.app.__path__))) / "main.py"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_caches():
+    st.cache_data.clear()
+    st.cache_resource.clear()
+
+
+def open_page(address: str, **query: str) -> AppTest:
+    """The page at ``address`` with this query string."""
+    at = AppTest.from_file(str(MAIN), default_timeout=60)
+    for key, value in query.items():
+        at.query_params[key] = value
+    # AppTest can only switch between page files; a deep link to a callable page starts at the hash of its address.
+    at._page_hash = calc_hash(address)
+    at.run()
+    assert not at.exception, [e.value for e in at.exception]
+    return at
+
+
+def heading(at: AppTest) -> str:
+    """The page's title."""
+    return next(m.value for m in at.markdown if m.value.startswith("## "))
+
+
+@pytest.mark.parametrize("screen", [s.name for s in SCREENS])
+def test_every_page_is_a_file_with_a_page_function(screen):
+    import importlib
+
+    assert callable(importlib.import_module(f"bitatlas.app.screens.{screen}").page)
+
+
+@pytest.mark.parametrize(
+    ("address", "title", "button"),
+    [("library", "No model here yet", "Open the sample study"), ("run", "There is no model to measure yet", "Go to the library"),
+     ("map", "No damage has been measured yet", "Measure a model")],
+)  # fmt: skip
+def test_empty_store(home, address, title, button):
+    at = open_page(address)
+    assert heading(at) == f"## {title}"
+    assert at.button(key="empty_state").label == button
+    assert not home.db.exists() or home.db.stat().st_size < 10 << 20
+
+
+def test_library_lists_the_studies(filled):
+    at = open_page("library")
+    assert heading(at) == "## 2 of 2 models measured; moe-4x8 knows 2 metrics"
+    table = at.dataframe[0].value
+    assert sorted(table["model"]) == ["dense-6", "moe-4x8"]
+    assert (table["coverage"] == 1.0).all()
+    assert set(table["freshness"]) == {"checkpoint not found"}
+
+
+def test_map_draws_and_names_the_answer(filled):
+    at = open_page("map", study=filled[0], metric="fisher_projection", format="int4-g64")
+    assert "carry half the damage of int4-g64" in heading(at)
+    assert at.selectbox(key="study").value == filled[0]
+    table = at.dataframe[0].value
+    assert len(table) == 6 * 7 + 1
+    assert table["value"].is_monotonic_decreasing
+
+
+def test_map_deep_link_with_selection_and_pins(filled):
+    at = open_page("map", study=filled[0], metric="fisher_projection", sel="1-3,8", pins="2=int8-g64")
+    table = at.dataframe[0].value
+    assert len(table) == 4
+    assert sorted(p for p in table["pin"] if p) == ["int8-g64"]
+    assert any("4 units" in m.value for m in at.markdown)
+    at.button(key="clear_selection").click().run()
+    assert len(at.dataframe[0].value) == 6 * 7 + 1
+
+
+def test_map_pins_the_selection_and_takes_it_back(filled):
+    at = open_page("map", study=filled[0], metric="fisher_projection", sel="1-3")
+    at.selectbox(key="pin_format").set_value("int2-g64")
+    at.button(key="pin").click().run()
+    assert list(at.dataframe[0].value["pin"]) == ["int2-g64"] * 3
+    at.button(key="undo").click().run()
+    assert list(at.dataframe[0].value["pin"]) == [""] * 3
+    at.button(key="redo").click().run()
+    assert list(at.dataframe[0].value["pin"]) == ["int2-g64"] * 3
+    at.button(key="free").click().run()
+    assert list(at.dataframe[0].value["pin"]) == [""] * 3
+
+
+def test_a_box_on_the_chart_selects_units(filled):
+    at = open_page("map", study=filled[1], metric="fisher_projection", projection="down")
+    points = [{"customdata": {"0": 20.0}}, {"customdata": {"0": 21.0}}]
+    at.session_state["map_chart"] = {"selection": {"points": points}}
+    at.run()
+    assert not at.exception
+
+
+def test_search_selects_by_regular_expression(filled):
+    at = open_page("map", study=filled[0], metric="fisher_projection", search="layers.0.*proj")
+    assert at.button(key="select_matches").label == "Select 7 matches"
+    at.button(key="select_matches").click().run()
+    assert len(at.dataframe[0].value) == 7
+    at.text_input(key="search").set_value("layers[").run()
+    assert any("regular expression is not valid" in e.value for e in at.error)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("sel", "5-9999"), ("sel", "@0123456789abcdef"), ("pins", "1=int7"), ("budget", "lots")],
+)
+def test_a_broken_link_is_explained_and_the_page_still_draws(filled, key, value):
+    at = open_page("map", study=filled[0], **{key: value})
+    assert heading(at)
+    assert key not in at.query_params
+
+
+def test_changing_the_study_forgets_the_selection(filled):
+    at = open_page("map", study=filled[0], metric="fisher_projection", sel="1-3")
+    at.selectbox(key="study").set_value(filled[1]).run()
+    assert len(at.dataframe[0].value) == 4 * (4 + 8 * 3) + 2
+
+
+@pytest.mark.slow  # the first use of the metrics loads torch and transformers
+def test_run_estimates_before_it_starts(filled, home, tiny_checkpoint):
+    from bitatlas.app import tasks
+
+    index = tasks.register(tiny_checkpoint("llama"))
+    at = open_page("run", study=f"{index.name}@{index.digest[:8]}", metrics="weight_error")
+    assert "takes about" in heading(at)
+    assert at.button(key="start").label == "Measure"
+    assert any("bitatlas measure" in c.value and "--metric weight_error" in c.value for c in at.code)
+    at.multiselect(key="metrics").set_value([]).run()
+    assert any("no metric is chosen" in e.value.lower() for e in at.error)
+
+
+def test_long_selections_are_kept_on_the_shelf(home):
+    from bitatlas.app.shelf import INLINE, Shelf
+
+    shelf = Shelf(home.root / "views")
+    text = Selection.of(range(0, 4000, 7)).encode() + "," + ",".join(str(i * i) for i in range(90))
+    assert len(text) > INLINE
+    word = shelf.put(text)
+    assert word.startswith("@")
+    assert shelf.get(word) == text
+    assert shelf.put(text) == word
+    assert len(list((home.root / "views").iterdir())) == 1
+    assert state.KEYS[0] == "sel"
