@@ -160,15 +160,17 @@ def verify(
 @guarded
 def pack(
     model: Model, allocation: Path, output: Annotated[Path, typer.Option("-o", "--output")],
-    quantizer: Annotated[str, typer.Option(help="How codes are chosen.")] = "rtn",
-    wait: Wait = True, json_output: Json = False,
+    quantizer: Annotated[str, typer.Option(help="How codes are chosen: rtn, mse, gptq.")] = "rtn",
+    calibration: Annotated[Path | None, typer.Option(help="Text for gptq; the demo brings its own.")] = None,
+    tokens: int = 16384, seq_len: int = 512, seed: int = 0, wait: Wait = True, json_output: Json = False,
 ) -> None:  # fmt: skip
     """Quantise and bit-pack into safetensors shards + bitatlas.json. Streaming, resumable."""
     from bitatlas.app import tasks
 
     result = tasks.pack(
-        model, allocation, output, quantizer=quantizer, wait=wait, on_progress=progress_printer(json_output)
-    )
+        model, allocation, output, quantizer=quantizer, calibration=calibration, tokens=tokens, seq_len=seq_len,
+        seed=seed, wait=wait, on_progress=progress_printer(json_output),
+    )  # fmt: skip
     emit(result, json_output, "job")
 
 

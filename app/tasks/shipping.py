@@ -17,14 +17,30 @@ __all__ = ["check", "export", "generate", "pack", "submit_pack"]
 
 
 def submit_pack(
-    model: str | Path, allocation: str | Path | Allocation, output: str | Path, *, quantizer: str = "rtn"
+    model: str | Path,
+    allocation: str | Path | Allocation,
+    output: str | Path,
+    *,
+    quantizer: str = "rtn",
+    calibration: str | Path | None = None,
+    tokens: int = 16384,
+    seq_len: int = 512,
+    seed: int = 0,
 ) -> str:
     """Start (or join) the packing; returns the job's id.
 
+    Args:
+        model, allocation: what is packed, and how.
+        output: the folder to write.
+        quantizer: how codes are chosen; see `kernels.quantizers.QUANTIZERS`.
+        calibration, tokens, seq_len, seed: text for quantisers that need one; the demo brings its own.
+
     Raises:
-        UserError: allocation of another model, an output folder that holds something else, an unknown quantizer.
+        UserError: allocation of another model, an output folder that holds something else, an unknown quantizer,
+            no calibration text where one is needed.
     """
-    from bitatlas.app.work.pack import check_output, check_quantizer
+    from bitatlas.app.tasks.measuring import calibration_file
+    from bitatlas.app.work.pack import check_output, check_quantizer, needs_inputs
 
     index = register(model)
     plan = allocation if isinstance(allocation, Allocation) else read_allocation(allocation)
@@ -32,10 +48,18 @@ def submit_pack(
     check_quantizer(quantizer)
     out = Path(output).expanduser().resolve()
     check_output(out)
-    params = {
+    params: dict[str, Any] = {
         "model": index.path, "digest": index.digest, "allocation": Store(Home.default()).put_allocation(plan),
         "output": str(out), "quantizer": quantizer,
     }  # fmt: skip
+    if needs_inputs(quantizer):
+        text = calibration_file(index.path, calibration)
+        if text is None:
+            raise UserError(f"{quantizer} needs a calibration text", found="none was named",
+                            fix="--calibration FILE (text or JSONL)")  # fmt: skip
+        if min(tokens, seq_len) < 2:
+            raise UserError("tokens and sequence length must be at least 2", found=f"{tokens}, {seq_len}")
+        params |= {"calibration": str(text), "tokens": tokens, "seq_len": seq_len, "seed": seed}
     return submit("pack", params, f"pack {index.name} at {plan.bits_per_weight:.2f} bits")
 
 
@@ -45,11 +69,18 @@ def pack(
     output: str | Path,
     *,
     quantizer: str = "rtn",
+    calibration: str | Path | None = None,
+    tokens: int = 16384,
+    seq_len: int = 512,
+    seed: int = 0,
     wait: bool = True,
     on_progress: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
     """Write a packed checkpoint. With ``wait`` its result (folder, bytes written, bytes predicted)."""
-    job = submit_pack(model, allocation, output, quantizer=quantizer)
+    job = submit_pack(
+        model, allocation, output, quantizer=quantizer, calibration=calibration, tokens=tokens, seq_len=seq_len,
+        seed=seed,
+    )  # fmt: skip
     status = submit_and_wait(job, wait, on_progress)
     return status.result if wait and status.result else status_dict(status)
 

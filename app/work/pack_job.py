@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from bitatlas.analysis.calibration import load_tokenizer, make_calibration
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import UserError
 from bitatlas.app.jobs.work import Work
@@ -33,7 +34,15 @@ class PackWork(Work):
             )
         allocation = Store(self.home).allocation(p["allocation"])
         source = loadable(index, self.home)
-        return Packer(index, allocation, p["output"], quantizer=p["quantizer"], source=source)
+        calibration = None
+        if p.get("calibration"):
+            calibration = make_calibration(
+                load_tokenizer(source.path), p["calibration"], p["tokens"], p["seq_len"], p["seed"],
+                vocab_size=source.vocab_size,
+            )  # fmt: skip
+        return Packer(
+            index, allocation, p["output"], quantizer=p["quantizer"], source=source, calibration=calibration
+        )
 
     def plan(self) -> list[str]:
         """One step per shard. Claims the output folder, so that a wrong folder or a small disk shows at once."""

@@ -1,26 +1,19 @@
-"""Quantisers: a (rows, cols) weight and a format to codes, scales and zeros. One file each, named as in the table."""
+"""Quantisers: how the codes of a unit are chosen. An explicit table; one file each, named as in the table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from bitatlas.kernels.errors import UserError
-from bitatlas.kernels.formats import Format
-from bitatlas.kernels.quantizers import rtn
-from bitatlas.kernels.reference import Quantized
+from bitatlas.kernels.quantizers.base import InputStats, Quantizer
+from bitatlas.kernels.quantizers.gptq import Gptq
+from bitatlas.kernels.quantizers.mse import Mse
+from bitatlas.kernels.quantizers.rtn import Rtn
 
-__all__ = ["QUANTIZERS", "Quantizer", "get_quantizer"]
+__all__ = ["QUANTIZERS", "InputStats", "Quantizer", "get_quantizer"]
 
-Quantizer = Callable[[Tensor, Format], Quantized]
-
-QUANTIZERS: dict[str, Quantizer] = {
-    "rtn": rtn.quantize,
-}
+QUANTIZERS: dict[str, type[Quantizer]] = {q.NAME: q for q in (Rtn, Mse, Gptq)}
 
 
-def get_quantizer(name: str) -> Quantizer:
+def get_quantizer(name: str) -> type[Quantizer]:
     """The quantiser called ``name``.
 
     Raises:

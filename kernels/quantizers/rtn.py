@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
-from bitatlas.kernels.reference import quantize
+from torch import Tensor
 
-__all__ = ["quantize"]
+from bitatlas.kernels.formats import Format
+from bitatlas.kernels.quantizers.base import Quantizer
+from bitatlas.kernels.reference import Quantized, quantize
+
+__all__ = ["Rtn"]
+
+
+class Rtn(Quantizer):
+    """`kernels.reference.quantize`."""
+
+    NAME = "rtn"
+    TITLE = "Round to nearest"
+    SOURCE = "minimum-maximum grid per group"
+
+    def __call__(self, weight: Tensor, fmt: Format) -> Quantized:
+        """Nearest codes."""
+        return quantize(weight, fmt)

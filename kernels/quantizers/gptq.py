@@ -1,0 +1,89 @@
+"""GPTQ (Frantar et al., 2023): columns are rounded one after another, each error spread over those still to come.
+
+With H = sum x xᵀ (damped) and H⁻¹ = Uᵀ U, U upper triangular: err = (w_i - w'_i) / U_ii and W_:,i: -= err U_i,i:.
+Columns go by descending diagonal of H (act-order) on grids that are fixed beforehand (static groups), so the stored
+layout does not change. The sum of err² is the layer's error tr(dW H dWᵀ), exactly, and costs nothing.
+
+An expert that saw fewer tokens than it has columns has a Hessian that says little: damping then rises from 1 % of the
+mean diagonal to 100 % of it; one that saw none is rounded to nearest on the searched grid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitatlas.kernels.formats import Format
+from bitatlas.kernels.quantizers.base import InputStats, Quantizer
+from bitatlas.kernels.quantizers.grid import Grid, finished, round_to, search_grid
+from bitatlas.kernels.reference import Quantized
+
+__all__ = ["Gptq"]
+
+_DAMPING = 0.01
+_BLOCK = 128
+
+
+class Gptq(Quantizer):
+    """Attributes: loss — the damped layer error summed over the rows quantised so far."""
+
+    NAME = "gptq"
+    TITLE = "GPTQ"
+    SOURCE = "Frantar et al. 2023, act-order, static groups"
+    NEEDS_INPUTS = True
+
+    def __init__(self, inputs: InputStats | None = None) -> None:
+        super().__init__(inputs)
+        self.loss = 0.0
+        self._factor: Tensor | None = None
+        if inputs is not None and inputs.tokens:
+            self._order, self._factor, self._mean_square = _prepare(inputs)
+
+    def __call__(self, weight: Tensor, fmt: Format) -> Quantized:
+        """Codes with the error compensated."""
+        if self._factor is None:
+            return round_to(weight, search_grid(weight, fmt))
+        grid = search_grid(weight, fmt, self._mean_square)
+        codes, loss = _compensate(weight.to(torch.float32), grid, self._order, self._factor)
+        self.loss += loss
+        return finished(codes, grid)
+
+
+def _prepare(inputs: InputStats) -> tuple[Tensor, Tensor, Tensor]:
+    """Order of the columns, U of the damped inverse in that order, mean square of each input."""
+    h = inputs.hessian.to(torch.float64) / inputs.tokens
+    cols = h.shape[0]
+    mean_square = h.diagonal().clone()
+    mean = mean_square.mean()
+    if mean <= 0:  # the inputs were all zero: any codes do
+        h, mean = torch.eye(cols, dtype=torch.float64, device=h.device), torch.tensor(1.0)
+    damping = max(_DAMPING, 1 - inputs.tokens / cols)
+    h = h + damping * mean * torch.eye(cols, dtype=torch.float64, device=h.device)
+    order = torch.argsort(h.diagonal(), descending=True, stable=True)
+    h = h[order][:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    return order, torch.linalg.cholesky(inverse, upper=True).float(), mean_square.float()
+
+
+def _compensate(weight: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> tuple[Tensor, float]:
+    """Codes (rows, cols) in the original order of the columns, and sum of err²."""
+    cols = weight.shape[1]
+    scales, zeros = grid.columns(0, cols)
+    w, scales, zeros = weight[:, order], scales[:, order], zeros[:, order]
+    codes = torch.empty_like(w)
+    loss = 0.0
+    for start in range(0, cols, _BLOCK):
+        stop = min(start + _BLOCK, cols)
+        errors = torch.empty(w.shape[0], stop - start, device=w.device)
+        for i in range(start, stop):
+            s, z = scales[:, i], zeros[:, i]
+            q = ((w[:, i] / s).round() + z).clamp(0, grid.format.qmax)
+            codes[:, i] = q
+            err = (w[:, i] - (q - z) * s) / factor[i, i]
+            w[:, i:stop].addr_(err, factor[i, i:stop], alpha=-1)
+            errors[:, i - start] = err
+        w[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+        loss += errors.square().sum().item()
+    back = torch.empty_like(codes)
+    back[:, order] = codes
+    return back, loss

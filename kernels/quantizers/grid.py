@@ -1,0 +1,122 @@
+"""Grids: the scale and zero point of every row and group. Shared by all quantisers.
+
+The minimum-maximum grid is that of `kernels.reference`. The searched grid shrinks the range step by step and keeps, for
+every group on its own, the range whose rounding costs least: sum_j d_j |w_j - w'_j|^2, with d_j the mean square of
+input j where it is known (the diagonal of the layer's Hessian), else 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitatlas.kernels.errors import UserError
+from bitatlas.kernels.formats import Format
+from bitatlas.kernels.reference import Quantized
+
+__all__ = ["Grid", "finished", "minmax_grid", "round_to", "search_grid"]
+
+_MIN_SCALE, _MAX_SCALE = 2.0**-24, 65504.0  # float16
+_STEPS = 40
+_LEAST = 0.4  # the smallest range tried, as a share of the largest
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Scales (rows, groups) float16 and zeros (rows, groups) float32 holding integers."""
+
+    scales: Tensor
+    zeros: Tensor
+    format: Format
+
+    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero of columns ``start`` to ``stop``: (rows, columns) each, float32."""
+        group = self.format.group_size
+        index = torch.arange(start, stop, device=self.scales.device)
+        index = torch.zeros_like(index) if group is None else index // group
+        return self.scales.float()[:, index], self.zeros[:, index]
+
+
+def _groups(weight: Tensor, fmt: Format) -> Tensor:
+    """(rows, groups, group); a ragged last group is filled with its own last column."""
+    rows, cols = weight.shape
+    group = fmt.group_size or cols
+    if missing := -cols % group:
+        weight = torch.cat([weight, weight[:, -1:].expand(rows, missing)], dim=1)
+    return weight.reshape(rows, -1, group)
+
+
+def _grid(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Scales (float16) and zeros of ranges that include 0."""
+    if fmt.symmetric:
+        scale = torch.maximum(-low, high) / (fmt.qmax / 2)
+        scales = scale.clamp(_MIN_SCALE, _MAX_SCALE).half()
+        return scales, torch.full_like(low, float(1 << (fmt.bits - 1)))
+    scales = ((high - low) / fmt.qmax).clamp(_MIN_SCALE, _MAX_SCALE).half()
+    return scales, (-low / scales.float()).round().clamp(0, fmt.qmax)
+
+
+def _checked(weight: Tensor, fmt: Format) -> Tensor:
+    if fmt.kind != "int":
+        raise UserError(f"{fmt.name} stores weights as they are; there is nothing to quantise")
+    w = weight.detach().to(torch.float32)
+    if not torch.isfinite(w).all():
+        raise UserError("the weight holds NaN or Inf", found=f"{int((~torch.isfinite(w)).sum())} such values")
+    return w
+
+
+def minmax_grid(weight: Tensor, fmt: Format) -> Grid:
+    """The grid that spans each group of a (rows, cols) weight.
+
+    Raises:
+        UserError: NaN or Inf, or a pass-through format.
+    """
+    g = _groups(_checked(weight, fmt), fmt)
+    return Grid(*_grid(g.amin(-1).clamp_max(0), g.amax(-1).clamp_min(0), fmt), fmt)
+
+
+def search_grid(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Grid:
+    """The grid with the least weighted rounding error of each group.
+
+    Args:
+        weight: (rows, cols).
+        importance: (cols,) not negative, or None.
+
+    Raises:
+        UserError: NaN or Inf, or a pass-through format.
+    """
+    w = _checked(weight, fmt)
+    g = _groups(w, fmt)
+    rows, cols = w.shape
+    d = torch.ones(1, cols, device=w.device) if importance is None else importance.to(w).reshape(1, -1)
+    group = fmt.group_size or cols
+    # Columns that only fill a ragged group must not count.
+    d = torch.nn.functional.pad(d, (0, -cols % group)).reshape(1, -1, group)
+    low, high = g.amin(-1).clamp_max(0), g.amax(-1).clamp_min(0)
+    best_scales, best_zeros = _grid(low, high, fmt)
+    best = torch.full_like(low, torch.inf)
+    for step in range(_STEPS):
+        share = 1 - (1 - _LEAST) * step / _STEPS
+        scales, zeros = _grid(low * share, high * share, fmt)
+        s, z = scales.float().unsqueeze(-1), zeros.unsqueeze(-1)
+        error = ((((g / s).round() + z).clamp(0, fmt.qmax) - z) * s).sub_(g).square_().mul_(d).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scales = torch.where(better, scales, best_scales)
+        best_zeros = torch.where(better, zeros, best_zeros)
+    return Grid(best_scales, best_zeros, fmt)
+
+
+def round_to(weight: Tensor, grid: Grid) -> Quantized:
+    """Nearest codes on a grid."""
+    s, z = grid.columns(0, weight.shape[1])
+    codes = ((weight.to(torch.float32) / s).round() + z).clamp(0, grid.format.qmax)
+    return finished(codes, grid)
+
+
+def finished(codes: Tensor, grid: Grid) -> Quantized:
+    """Codes (rows, cols) holding integers, with their grid, in storage types."""
+    zeros = None if grid.format.symmetric else grid.zeros.to(torch.uint8)
+    return Quantized(codes.to(torch.uint8), grid.scales, zeros, grid.format)
