@@ -7,6 +7,7 @@ quantised in the file stays so: the imported weights carry that error, which no 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from bitatlas.analysis.checkpoint import CheckpointFiles
 from bitatlas.analysis.gguf_header import read_gguf_header
@@ -37,32 +40,52 @@ def import_gguf(path: str | Path, out_dir: str | Path) -> Path:
     if out.exists():
         CheckpointFiles.open(out)
         return out
-    need = 2 * (sum(u.params for u in index.units)) + index.kept_bytes
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(out.parent).free) < need + (64 << 20):
-        raise UserError("there is not enough room for the imported checkpoint",
-                        found=f"{need} bytes needed, {free} free at {out.parent}", fix="free some space")  # fmt: skip
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    need = 2 * sum(u.params for u in index.units) + index.kept_bytes
+    work = None
     try:
-        source = work / "source"
-        source.mkdir()
-        (source / "model.gguf").symlink_to(path)
-        env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        command = [sys.executable, "-m", "bitatlas.analysis.gguf_import", str(source), str(work / "out")]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise UserError(f"{path.name} could not be imported", found=last[:400],
-                            fix="take the Hugging Face checkpoint that the file was made from")  # fmt: skip
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        if (free := shutil.disk_usage(out.parent).free) < need + (64 << 20):
+            raise UserError("there is not enough room for the imported checkpoint",
+                            found=f"{need} bytes needed, {free} free at {out.parent}", fix="free some space")  # fmt: skip
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=".tmp", dir=out.parent))
+        _run_child(path, work)
         CheckpointFiles.open(work / "out")
-        os.replace(work / "out", out)
+        try:
+            os.replace(work / "out", out)
+        except OSError:
+            CheckpointFiles.open(
+                out
+            )  # Another process imported the same file meanwhile; its result is as good.
     except OSError as e:
         raise UserError(
             f"{path.name} could not be imported", found=str(e), fix="check the target folder"
         ) from None
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def _run_child(path: Path, work: Path) -> None:
+    source = work / "source"
+    source.mkdir()
+    (source / "model.gguf").symlink_to(path)
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-m", "bitatlas.analysis.gguf_import", str(source), str(work / "out")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"{path.name} could not be imported", found=last[:400],
+                        fix="take the Hugging Face checkpoint that the file was made from")  # fmt: skip
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed imports of the same target left behind; the folder's name carries their process id."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        owner = left.name.removeprefix(f".{out.name}.").split(".")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def convert(source: Path, out: Path) -> None:

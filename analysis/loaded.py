@@ -193,7 +193,8 @@ def _expert_watcher(keys: Mapping[tuple[int, str], str], callback: Callback) -> 
 def _config(files: CheckpointFiles, index: ModelIndex) -> tuple[Any, Any]:
     """(config, causal language model class) of a checked config.json."""
     from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as causal
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as image_text
 
     raw = sanitized(files.config)
     raw.pop("quantization_config", None)  # The reader hands over plain weights.
@@ -210,9 +211,17 @@ def _config(files: CheckpointFiles, index: ModelIndex) -> tuple[Any, Any]:
     except Exception as e:  # noqa: BLE001 - config classes raise whatever their validators raise
         raise UserError("config.json is not valid for its model type", found=f"{model_type}: {e}"[:300],
                         fix="download config.json again") from None  # fmt: skip
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    found = max((u.layer for u in index.units), default=-1) + 1
+    if found and index.n_layers > found:
+        # Building thousands of layers that have no weights would take the machine with it.
+        raise UserError("config.json and the weights disagree about the layers",
+                        found=f"{index.n_layers} layers in config.json, {found} in the checkpoint",
+                        fix="download config.json again")  # fmt: skip
+    kinds = [m[type(config)] for m in (causal, image_text) if type(config) in m]
+    if not kinds:
         raise unknown
-    return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # A model with pictures may have both; the class that wrote the checkpoint knows its names.
+    return config, next((k for k in kinds if k.__name__ == index.architecture), kinds[0])
 
 
 def _in_model(reader: WeightReader, name: str) -> tuple[str, Tensor]:
@@ -237,7 +246,7 @@ def _build(index: ModelIndex, reader: WeightReader, dtype: torch.dtype, attentio
         model, report = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **options
         )
-    except (RuntimeError, ValueError, KeyError, TypeError) as e:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"the weights do not fit the architecture {index.architecture or index.model_type}",
                         found=str(e)[:300], fix="check that config.json belongs to these weights") from e  # fmt: skip
     finally:

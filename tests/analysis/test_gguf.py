@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from bitatlas.analysis.gguf_header import GGML_TYPES, GgufArray, read_gguf_header
-from bitatlas.analysis.gguf_import import convert, import_gguf
+from bitatlas.analysis.gguf_import import _sweep, convert, import_gguf
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.model_index import index_model
 from bitatlas.kernels.errors import UserError
@@ -178,6 +180,39 @@ def test_a_failed_import_leaves_nothing(tiny_checkpoint, tmp_path):
     with pytest.raises(UserError, match="could not be imported.*no value in the GGUF"):
         import_gguf(path, tmp_path / "models" / "x")
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_left_overs_of_killed_imports_are_swept(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    gone, alive = tmp_path / f".x.{dead.pid}.abc.tmp", tmp_path / f".x.{os.getpid()}.abc.tmp"
+    other = tmp_path / f".y.{dead.pid}.abc.tmp"
+    for folder in (gone, alive, other):
+        folder.mkdir()
+    (gone / "half.safetensors").write_bytes(b"x")
+    _sweep(tmp_path / "x")
+    assert sorted(tmp_path.iterdir()) == sorted([alive, other])
+
+
+def test_two_imports_at_once(tiny_checkpoint, tmp_path, monkeypatch):
+    """The second finds a complete folder where it wanted to put its own, and takes that."""
+    path = write_gguf(tiny_checkpoint("llama"), tmp_path / "x.gguf", "llama")
+    out = tmp_path / "models" / "x"
+
+    def child(path, work):
+        shutil.copytree(tiny_checkpoint("llama"), work / "out")
+        shutil.copytree(tiny_checkpoint("llama"), out)
+
+    monkeypatch.setattr("bitatlas.analysis.gguf_import._run_child", child)
+    assert import_gguf(path, out) == out
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_folder_that_cannot_be_written(tiny_checkpoint, tmp_path):
+    path = write_gguf(tiny_checkpoint("llama"), tmp_path / "x.gguf", "llama")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be imported"):
+        import_gguf(path, tmp_path / "file" / "x")
 
 
 def test_types_are_those_of_the_package():

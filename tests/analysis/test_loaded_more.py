@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from bitatlas.analysis.experts_hook import IMPLEMENTATION
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.model_index import index_model
+from bitatlas.analysis.weights import WeightReader
 from bitatlas.kernels.errors import UserError
 
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
@@ -174,6 +175,52 @@ def test_families_beyond_the_promise(tiny_checkpoint, family):
     experts = [u for u in index.units if u.expert >= 0]
     layers = len({u.layer for u in experts})
     assert sum(seen.get(u.key, 0) for u in experts) == 3 * layers * index.top_k * IDS.numel()
+
+
+TEXT = {"vocab_size": 300, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0}  # fmt: skip
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 24,
+               "deepstack_visual_indexes": [0]}  # fmt: skip
+WITH_PICTURES = {
+    "Gemma3": (TEXT | {"sliding_window": 16}, VISION),
+    "Llava": (TEXT | {"model_type": "llama"}, VISION | {"model_type": "clip_vision_model"}),
+    "Qwen3VLMoe": (
+        TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+                "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"}},
+        QWEN_VISION,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", WITH_PICTURES)
+def test_language_model_inside_a_multimodal_one(tmp_path, family):
+    import transformers
+
+    text, vision = WITH_PICTURES[family]
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    theirs.save_pretrained(tmp_path)
+    index = index_model(tmp_path)
+    assert index.n_layers == 2
+    assert index.kv is not None
+    assert not any("vis" in u.key for u in index.units)
+    loaded = LoadedModel.open(index)
+    with WeightReader(index) as reader:
+        for u in index.units:
+            assert torch.equal(loaded.handle(u.key).get(), reader.get(u)), u.key
+    seen = set()
+    with torch.no_grad(), loaded.capture(lambda key, *_: seen.add(key)):
+        torch.testing.assert_close(loaded.logits(IDS), theirs(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
+    assert {u.key for u in index.units if u.expert < 0 and u.role != "embed"} <= seen
+
+
+def test_config_with_more_layers_than_weights(tiny_checkpoint, tmp_path):
+    folder = edited(tiny_checkpoint("llama"), tmp_path / "m", config={"num_hidden_layers": 10**8})
+    with pytest.raises(UserError, match="disagree about the layers"):
+        LoadedModel.open(index_model(folder))
 
 
 def test_names_without_their_prefix(tiny_checkpoint, tmp_path):
