@@ -64,6 +64,7 @@ def overlap(folder: Path) -> None:
 
 def outside(folder: Path) -> None:
     name = next(k for k in load_file(shard(folder)))
+    shard(folder).rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {name: "../../etc/passwd.safetensors"}})
     )
@@ -71,6 +72,7 @@ def outside(folder: Path) -> None:
 
 def missing_shard(folder: Path) -> None:
     names = list(load_file(shard(folder)))
+    shard(folder).rename(folder / "model-00001-of-00009.safetensors")
     weight_map = {n: shard(folder).name for n in names} | {names[0]: "model-00009-of-00009.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
