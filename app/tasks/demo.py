@@ -19,7 +19,7 @@ def _folder() -> Path:
 
 def demo_path() -> Path:
     """Folder of the demo model, an ordinary checkpoint."""
-    return _folder() / "model"
+    return _folder() / "shakespeare-moe"
 
 
 def demo_text(kind: str) -> Path:

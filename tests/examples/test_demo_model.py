@@ -23,20 +23,20 @@ def figures():
         measure = importlib.import_module("demo_measure").measure
     finally:
         sys.path.remove(str(ROOT / "examples"))
-    return measure(DEMO / "model", DEMO / "text" / "eval.txt", 2048, 512)
+    return measure(DEMO / "shakespeare-moe", DEMO / "text" / "eval.txt", 2048, 512)
 
 
 def test_it_is_a_small_sharded_checkpoint():
-    files = [f for part in ("model", "text") for f in (DEMO / part).iterdir()]
+    files = [f for part in ("shakespeare-moe", "text") for f in (DEMO / part).iterdir()]
     assert sum(f.stat().st_size for f in files) <= 6_300_000
     shards = {f.name for f in files if f.suffix == ".safetensors"}
-    index = json.loads((DEMO / "model" / "model.safetensors.index.json").read_text())
+    index = json.loads((DEMO / "shakespeare-moe" / "model.safetensors.index.json").read_text())
     assert len(shards) >= 2
     assert shards == set(index["weight_map"].values())
 
 
 def test_every_expert_projection_is_a_unit():
-    index = index_model(DEMO / "model")
+    index = index_model(DEMO / "shakespeare-moe")
     experts = [u for u in index.units if u.expert >= 0]
     assert len(experts) == 4 * 8 * 3
     assert len(index.units) == 4 * 8 * 3 + 4 * 4 + 1  # attention, and the tied embedding once
@@ -74,7 +74,7 @@ def test_experts_differ_in_what_two_bits_do_to_them(figures):
 
 def test_the_card_and_the_benchmark_agree():
     report = json.loads((ROOT / "benchmarks" / "demo_model.json").read_text())
-    card = (DEMO / "model" / "README.md").read_text()
+    card = (DEMO / "shakespeare-moe" / "README.md").read_text()
     assert f"perplexity {report['perplexity']:.2f}" in card
     assert report["command"] in card
     for name, kl in report["kl_nats_per_token"].items():

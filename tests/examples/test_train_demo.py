@@ -61,21 +61,21 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smoke(example: ModuleType, texts: Path, out: Path, seed: int = 0) -> dict[str, torch.Tensor]:
     argv = ["--smoke", "--warmup", "3", "--seed", str(seed), "--text", str(texts), "--out", str(out)]
     example("train_demo").main([*argv, "--report", str(out / "report.json")])
-    return {k: v for f in sorted((out / "model").glob("*.safetensors")) for k, v in load_file(f).items()}
+    return {k: v for f in sorted((out / "shakespeare-moe").glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
 def test_smoke_run_writes_a_loadable_sharded_checkpoint(example, texts, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tensors = smoke(example, texts, tmp_path)
-    model_dir = tmp_path / "model"
+    model_dir = tmp_path / "shakespeare-moe"
     shards = sorted(model_dir.glob("*.safetensors"))
     assert len(shards) >= 2
     index = json.loads((model_dir / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index) == set(tensors)
     assert set(index.values()) == {s.name for s in shards}
     assert all(t.dtype == torch.bfloat16 for t in tensors.values())
-    assert {f.name for f in tmp_path.iterdir()} == {"model", "text", "report.json"}
+    assert {f.name for f in tmp_path.iterdir()} == {"shakespeare-moe", "text", "report.json"}
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     text = "My lord,\n\n  é 'tis"
