@@ -71,14 +71,14 @@ class Sheet(Target):
     def command(self, allocation, index):
         return "open formats.csv"
 '''
-SCREEN = '''
+SCREEN = """
 from __future__ import annotations
 import streamlit as st
 
 
 def page() -> None:
     st.markdown("a new page")
-'''
+"""
 
 
 def add_line(path: Path, before: str, line: str) -> None:
@@ -97,26 +97,53 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the five folders with one of each added."""
     top = tmp_path_factory.mktemp("tree")
     for folder in ("app", "analysis", "solvers", "kernels", "cache"):
-        shutil.copytree(ROOT / folder, top / "bitatlas" / folder, ignore=shutil.ignore_patterns("__pycache__", "demo"))
+        shutil.copytree(
+            ROOT / folder, top / "bitatlas" / folder, ignore=shutil.ignore_patterns("__pycache__", "demo")
+        )
     b = top / "bitatlas"
     (b / "analysis/metrics/largest.py").write_text(METRIC)
-    add_line(b / "analysis/metrics/__init__.py", "_TABLE: tuple[type[Metric], ...] = (\n", f"    {lazily('analysis.metrics.largest', 'Largest')},\n")
+    add_line(
+        b / "analysis/metrics/__init__.py",
+        "_TABLE: tuple[type[Metric], ...] = (\n",
+        f"    {lazily('analysis.metrics.largest', 'Largest')},\n",
+    )
     (b / "solvers/cheapest.py").write_text(SOLVER)
-    add_line(b / "solvers/__init__.py", "SOLVERS: dict[str, type[Solver]] = {\n", f'    "cheapest": {lazily("solvers.cheapest", "Cheapest")},\n')
+    add_line(
+        b / "solvers/__init__.py",
+        "SOLVERS: dict[str, type[Solver]] = {\n",
+        f'    "cheapest": {lazily("solvers.cheapest", "Cheapest")},\n',
+    )
     (b / "app/targets/sheet.py").write_text(TARGET)
-    add_line(b / "app/targets/__init__.py", "t.NAME: t for t in (", f"{lazily('app.targets.sheet', 'Sheet')}(), ")
+    add_line(
+        b / "app/targets/__init__.py", "t.NAME: t for t in (", f"{lazily('app.targets.sheet', 'Sheet')}(), "
+    )
     (b / "app/screens/extra.py").write_text(SCREEN)
-    add_line(b / "app/screens/__init__.py", "SCREENS: tuple[Screen, ...] = (\n", '    Screen("extra", "Measure", "Extra", ":material/add:", "extra"),\n')
-    add_line(b / "kernels/formats.py", "for g in GROUP_SIZES for b in INT_BITS),\n", "        _int_format(4, 96, False),\n")
+    add_line(
+        b / "app/screens/__init__.py",
+        "SCREENS: tuple[Screen, ...] = (\n",
+        '    Screen("extra", "Measure", "Extra", ":material/add:", "extra"),\n',
+    )
+    add_line(
+        b / "kernels/formats.py",
+        "for g in GROUP_SIZES for b in INT_BITS),\n",
+        "        _int_format(4, 96, False),\n",
+    )
     return top
 
 
 @pytest.fixture
 def run(tree: Path, tmp_path: Path) -> Callable[..., Any]:
-    env = {**os.environ, "PYTHONPATH": str(tree), "BITATLAS_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "BITATLAS_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+    }
 
     def call(code: str) -> Any:
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -43,7 +43,9 @@ def test_wheel_installs_only_bitatlas(tmp_path: Path):
         if "__pycache__" not in p.parts
     }
     assert shipped == expected
-    assert any(n.startswith("bitatlas/app/demo/shakespeare-moe/") and n.endswith(".safetensors") for n in names)
+    assert any(
+        n.startswith("bitatlas/app/demo/shakespeare-moe/") and n.endswith(".safetensors") for n in names
+    )
     assert "bitatlas/app/.streamlit/config.toml" in names
 
 

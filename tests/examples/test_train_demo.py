@@ -61,7 +61,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smoke(example: ModuleType, texts: Path, out: Path, seed: int = 0) -> dict[str, torch.Tensor]:
     argv = ["--smoke", "--warmup", "3", "--seed", str(seed), "--text", str(texts), "--out", str(out)]
     example("train_demo").main([*argv, "--report", str(out / "report.json")])
-    return {k: v for f in sorted((out / "shakespeare-moe").glob("*.safetensors")) for k, v in load_file(f).items()}
+    return {
+        k: v for f in sorted((out / "shakespeare-moe").glob("*.safetensors")) for k, v in load_file(f).items()
+    }
 
 
 def test_smoke_run_writes_a_loadable_sharded_checkpoint(example, texts, tmp_path):
