@@ -45,9 +45,9 @@ def insert(con: Any, name: str, table: pa.Table) -> int:
         The number of new rows.
     """
     con.register("incoming", table)
-    try:
-        columns = ", ".join(f'"{c}"' for c in table.column_names)
-        sql = f"INSERT INTO {name} ({columns}) SELECT {columns} FROM incoming ON CONFLICT DO NOTHING"
-        return int(con.execute(sql).fetchall()[0][0])
-    finally:
-        con.unregister("incoming")
+    columns = ", ".join(f'"{c}"' for c in table.column_names)
+    sql = f"INSERT INTO {name} ({columns}) SELECT {columns} FROM incoming ON CONFLICT DO NOTHING"
+    new = int(con.execute(sql).fetchall()[0][0])
+    # Not in a `finally`: after a failed insert this would fail too, and hide why.
+    con.unregister("incoming")
+    return new

@@ -33,6 +33,15 @@ log = logging.getLogger(__name__)
 _CONFIG = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 _BUSY = ("could not set lock", "different configuration", "conflicting lock")
 _DAMAGED = ("not a valid duckdb database", "corrupt database file", "failed to load metadata pointer")
+_BAD_LOG = ("replaying wal", "corrupt wal")
+# What can go wrong while a sound log is read: nothing is moved aside for these.
+_NOT_DAMAGE = (
+    "no space left",
+    "permission denied",
+    "read-only file system",
+    "out of memory",
+    "too many open",
+)
 
 # One process must not mix read-only and read-write connections, so its threads take turns.
 _turns: dict[str, threading.Lock] = {}
@@ -41,6 +50,11 @@ _turns_guard = threading.Lock()
 
 class StoreBusy(UserError):
     """Other processes kept the results file for the whole waiting time. Trying again is safe."""
+
+
+def _says(error: Exception | str, phrases: tuple[str, ...]) -> bool:
+    words = str(error).lower()
+    return any(phrase in words for phrase in phrases)
 
 
 def _turn(path: Path) -> threading.Lock:
@@ -99,43 +113,45 @@ class Database:
             finally:
                 con.close()
         except duckdb.Error as e:
+            if _says(e, _DAMAGED):
+                raise self._replace_damaged(str(e), deadline) from e
             raise self._translate(e) from e
         finally:
             turn.release()
 
     def _open(self, read_only: bool, deadline: float) -> Any:
-        pause = 0.003
+        pause, upgrade = 0.003, False
         while True:
             if not self.home.db.exists():
                 self._create(deadline)
+                deadline = max(deadline, time.monotonic() + self.wait_s)
+            writing = upgrade or not read_only
             try:
-                con = duckdb.connect(str(self.home.db), read_only=read_only, config=_CONFIG)
+                con = duckdb.connect(str(self.home.db), read_only=not writing, config=_CONFIG)
             except duckdb.Error as e:
-                words = str(e).lower()
-                if any(w in words for w in _BUSY):
+                if _says(e, _BUSY):
                     if time.monotonic() > deadline:
                         raise self._busy(str(e).split(" See also")[0]) from None
                     time.sleep(pause * random.uniform(0.5, 1.5))
                     pause = min(pause * 1.6, 0.1)
                     continue
-                if "wal" in words or any(w in words for w in _DAMAGED):
+                if _says(e, (*_BAD_LOG, *_DAMAGED)) and not _says(e, _NOT_DAMAGE):
                     self._set_aside(deadline)
                     continue
                 raise
-            found = version_of(con)
-            if found == SCHEMA_VERSION:
-                return con
-            if found < SCHEMA_VERSION and read_only:
-                con.close()
-                con = duckdb.connect(str(self.home.db), config=_CONFIG)
             try:
-                if found and found < SCHEMA_VERSION:
+                found = version_of(con)
+                if found == SCHEMA_VERSION and writing != read_only:
+                    return con
+                if 0 < found < SCHEMA_VERSION and writing:
                     self._backup(con, found)
-                migrate(con)
+                if found > SCHEMA_VERSION or writing:
+                    migrate(con)
             except BaseException:
                 con.close()
                 raise
             con.close()
+            upgrade = found < SCHEMA_VERSION and not writing
 
     def _create(self, deadline: float) -> None:
         # Made under another name with all its tables, then renamed: a kill leaves no half-made file.
@@ -168,17 +184,14 @@ class Database:
                 return  # another process repaired it while this one waited
             except duckdb.Error as e:
                 words = str(e)
-            if any(w in words.lower() for w in _BUSY) or not self.home.db.exists():
+            if _says(words, (*_BUSY, *_NOT_DAMAGE)) or not self.home.db.exists():
                 return
             moved = [self._move(p, "corrupt") for p in self._wal_files()]
-            if any(w in words.lower() for w in _DAMAGED):
+            if _says(words, _DAMAGED):
                 moved.append(self._move(self.home.db, "corrupt"))
             elif not moved:
                 raise UserError("the results file cannot be opened", found=words, fix="bitatlas doctor")
-            note = {"at": time.time(), "error": words, "moved": [p.name for p in moved]}
-            log.warning("results file repaired: %s set aside (%s)", ", ".join(note["moved"]), words)  # type: ignore[arg-type]
-            with open(self.home.root / "repairs.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(note) + "\n")
+            self._note_repair(words, moved)
             if self.home.db.exists():
                 try:
                     with duckdb.connect(str(self.home.db), config=_CONFIG) as con:
@@ -186,6 +199,28 @@ class Database:
                         self.restore(con)
                 except duckdb.Error as e:
                     log.warning("after the repair: %s", e)
+
+    def _replace_damaged(self, words: str, deadline: float) -> UserError:
+        """Set a file aside that opens but cannot be read; the next access makes it again from the copies."""
+        with self._exclusive(deadline):
+            try:
+                # Held read-write while it is moved: nobody else can be writing to it.
+                with duckdb.connect(str(self.home.db), config=_CONFIG):
+                    moved = [self._move(p, "corrupt") for p in (*self._wal_files(), self.home.db)]
+            except duckdb.Error as e:
+                return UserError("the results file is damaged", found=f"{words}; {e}", fix="run it again")
+            self._note_repair(words, moved)
+        return UserError(
+            "the results file was damaged",
+            found=f"{words}; it was set aside as {moved[-1].name}",
+            fix="run it again: finished results come back from their copies, unfinished runs must be resumed",
+        )
+
+    def _note_repair(self, words: str, moved: list[Path]) -> None:
+        names = [p.name for p in moved]
+        log.warning("results file repaired: %s set aside (%s)", ", ".join(names), words)
+        with open(self.home.root / "repairs.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps({"at": time.time(), "error": words, "moved": names}) + "\n")
 
     def repairs(self) -> list[dict[str, Any]]:
         """What was set aside so far, oldest first: ``{"at", "error", "moved"}``."""
@@ -250,7 +285,4 @@ class Database:
         if "read-only file system" in words or "permission denied" in words:
             return UserError("the data folder may not be written", found=str(self.home.root),
                              fix="set BITATLAS_HOME to a folder that can be written")  # fmt: skip
-        if any(w in words for w in _DAMAGED):
-            return UserError("the results file is damaged", found=str(error),
-                             fix="run `bitatlas doctor --rebuild`: it is made again from the Parquet copies")  # fmt: skip
         return error
