@@ -19,13 +19,15 @@ class RandomBest(Solver):
     NAME: ClassVar[str] = "random_best"
     TITLE: ClassVar[str] = "Random, best of 256"
     SOURCE: ClassVar[str] = "baseline; Li & Talwalkar 2019, random search and reproducibility"
-    SAMPLES: ClassVar[int] = 256
+
+    def __init__(self, samples: int = 256) -> None:
+        self.samples = samples
 
     def _solve(self, problem: Problem, seed: int, deadline: float) -> Found:
         rng = np.random.default_rng(seed)
         best: np.ndarray | None = None
         best_value = np.inf
-        for done in range(self.SAMPLES):
+        for done in range(self.samples):
             choice = problem.classes.expand(random_choice(problem, rng))
             value = problem.objective(choice) if problem.interaction is None else problem.quadratic(choice)
             if best is None or value < best_value:
@@ -33,7 +35,7 @@ class RandomBest(Solver):
             if time.perf_counter() > deadline:
                 return Found(best, TIME_LIMIT, done + 1)
         assert best is not None
-        return Found(best, FEASIBLE, self.SAMPLES)
+        return Found(best, FEASIBLE, self.samples)
 
 
 def random_choice(problem: Problem, rng: np.random.Generator) -> np.ndarray:

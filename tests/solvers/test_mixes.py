@@ -31,7 +31,7 @@ class TestQ4KM(SolverConformance):
 class TestRandomBest(SolverConformance):
     @pytest.fixture
     def solver(self):
-        return RandomBest()
+        return RandomBest(samples=4)
 
 
 def _dense(n_layers: int, share: float) -> Problem:

@@ -13,7 +13,7 @@ from tests.conformance.solver import SolverConformance
 
 
 class TestProjectionDescent(SolverConformance):
-    SEEDS = 100
+    SEEDS = 50
 
     @pytest.fixture
     def solver(self):
