@@ -36,7 +36,7 @@ def kill_at_random(bench, kills: int, steps: int, seed: int) -> None:
         bench.jobs.start_worker_if_needed()
         bench.until(lambda: bench.jobs.start_worker_if_needed() or bench.jobs.worker_alive()
                     or all(bench.jobs.job(j).final for j in jobs.values()), 30, "the next worker")  # fmt: skip
-    assert killed == kills, "the jobs were over before all kills; give them more steps"
+    assert killed >= kills, "the jobs were over before all kills; give them more steps"
     for run, job in jobs.items():
         assert bench.jobs.wait(job, timeout_s=300).state == "done"
         bench.assert_complete(run, steps)
@@ -45,7 +45,7 @@ def kill_at_random(bench, kills: int, steps: int, seed: int) -> None:
         begun = bench.computed(job)
         assert set(begun) == {f"s{i}" for i in range(steps)}
         # At most the step in hand is computed again after a kill.
-        assert len(begun) <= steps + kills
+        assert len(begun) <= steps + killed
     assert store.repairs() == []
 
 
