@@ -194,12 +194,15 @@ def export(
     allocation: Path, target: Annotated[str, typer.Option("--target", help="`bitatlas targets` lists them.")],
     output: Annotated[Path, typer.Option("-o", "--output")],
     model: Annotated[str | None, typer.Option(help="Only when the store does not know the model.")] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="The finished checkpoint, not the config alone.")] = False,
+    quantizer: Annotated[str, typer.Option(help="With --weights: rtn or mse.")] = "rtn",
     json_output: Json = False,
 ) -> None:  # fmt: skip
     """Write what an engine needs, and the command to run."""
     from bitatlas.app import tasks
 
-    emit(tasks.export(allocation, target, output, model=model), json_output, "export")
+    result = tasks.export(allocation, target, output, model=model, weights=weights, quantizer=quantizer)
+    emit(result, json_output, "export")
 
 
 @app.command()

@@ -54,7 +54,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     padded = -cols % _PERIOD
     if padded:
         codes = torch.cat([codes, codes.new_zeros(rows, padded)], dim=1)
-    lanes = codes.contiguous().view(torch.int64)  # (rows, padded cols / 8), eight codes each
+    # Flat: a single row may have any stride, which a view of wider elements refuses.
+    lanes = codes.contiguous().view(-1).view(torch.int64)  # (rows * padded cols / 8,), eight codes each
     if bits < _MAX_BITS:
         held = bits
         for width, even in _STEPS:
@@ -63,7 +64,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
             lanes = (lanes & even) | (odd >> (width - held))
             held *= 2
     packed = lanes.view(torch.uint8).view(rows, -1, 8)[:, :, :bits]  # (rows, padded cols / 8, bits)
-    return packed.contiguous().view(rows, -1).view(torch.int32)[:, :words].contiguous()
+    return packed.contiguous().view(-1).view(torch.int32).view(rows, -1)[:, :words].contiguous()
 
 
 def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:

@@ -10,9 +10,12 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
+
+if TYPE_CHECKING:
+    from bitatlas.app.work.engine_checkpoint import Container
 
 __all__ = ["REJECTED", "SERVABLE", "WRONG", "Finding", "Target", "Verdict"]
 
@@ -187,6 +190,10 @@ class Target(ABC):
     def engine_bytes(self, allocation: Allocation, index: ModelIndex) -> int:
         """Bytes of the weights in the engine's container; 0 when they are the allocation's own."""
         return 0
+
+    def container(self) -> Container | None:
+        """How the engine stores quantised matrices, where we can write them; imports torch."""
+        return None
 
     @abstractmethod
     def render(self, allocation: Allocation, index: ModelIndex) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """compressed-tensors (pack-quantized) for vLLM, SGLang and transformers, made by llm-compressor.
 
-What was tried (compressed-tensors 0.20, transformers 5.23) and read in vLLM's source: dense mixes load exactly;
-transformers takes one scheme for all experts of the model and ignores their zero points, vLLM looks at expert 0 of
-each layer only; both without a word when the rest differs.
+What was tried (compressed-tensors 0.20, transformers 5.23) and read in vLLM's source: dense symmetric mixes load
+exactly; asymmetric checkpoints are refused by transformers, also those that compressed-tensors writes itself (packed
+zero points do not fit the shape it expects); transformers takes one scheme for all experts of the model, vLLM looks at
+expert 0 of each layer only, both without a word when the rest differs.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import json
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
 from bitatlas.app.targets.base import REJECTED, WRONG, Finding, Target
 from bitatlas.app.targets.fusion import all_experts, fused_gate_up, fused_qkv, layer_experts
 from bitatlas.app.targets.names import alternatives, experts_path, is_linear, stacked_on_disk
 
+if TYPE_CHECKING:
+    from bitatlas.app.work.engine_checkpoint import Container
+
 __all__ = ["CompressedTensors", "Vllm"]
 
-_ASYMMETRIC_BITS = (4, 8)
 _SHAPE_BYTES = 16  # the int64 pair weight_shape of every module
 
 
@@ -30,11 +33,12 @@ class CompressedTensors(Target):
     NAME = "compressed-tensors"
     TITLE = "compressed-tensors (vLLM, SGLang and transformers)"
     SERVES = "vLLM, SGLang and transformers alike"
-    EXPERT_ZEROS = WRONG
+    ASYMMETRIC_BITS: ClassVar[tuple[int, ...]] = ()
+    ASYMMETRIC_RULE: ClassVar[str] = "transformers refuses asymmetric weights"
 
     def loads(self, fmt: Format) -> bool:
-        """Symmetric at every width, asymmetric at 4 and 8 bits."""
-        return fmt.kind == "float" or fmt.symmetric or fmt.bits in _ASYMMETRIC_BITS
+        """Symmetric at every width."""
+        return fmt.kind == "float" or fmt.symmetric or fmt.bits in self.ASYMMETRIC_BITS
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """Only nn.Linear, whole groups, symmetric experts."""
@@ -51,13 +55,9 @@ class CompressedTensors(Target):
         if unit.expert >= 0 and "block_sparse_moe" in unit.key:
             return Finding(WRONG, "experts called w1, w2, w3 are mistaken for others", (unit.key,))
         if not self.loads(fmt):
-            return Finding(
-                REJECTED, f"vLLM takes asymmetric weights at 4 and 8 bits only, not {fmt.name}", (unit.key,)
-            )
+            return Finding(REJECTED, self.ASYMMETRIC_RULE, (unit.key,))
         if unit.expert >= 0 and not fmt.symmetric:
-            return Finding(
-                self.EXPERT_ZEROS, "the zero points of experts are not read; symmetric only", (unit.key,)
-            )
+            return Finding(REJECTED, "the zero points of experts are not read; symmetric only", (unit.key,))
         if fmt.group_size and unit.cols % fmt.group_size:
             return Finding(
                 REJECTED, f"groups of {fmt.group_size} do not divide {unit.cols} columns", (unit.key,)
@@ -92,6 +92,12 @@ class CompressedTensors(Target):
             if not fmt.symmetric:
                 total += -(-u.rows * fmt.bits // 32) * 4 * fmt.groups(u.cols)
         return total
+
+    def container(self) -> Container:
+        """Pack-quantized modules."""
+        from bitatlas.app.targets.compressed_container import PackQuantized
+
+        return PackQuantized(self)
 
     def notes(self, allocation: Allocation, index: ModelIndex) -> Iterable[str]:
         """Kernels that other widths need."""
@@ -166,7 +172,8 @@ class Vllm(CompressedTensors):
     NAME = "vllm"
     TITLE = "vLLM (compressed-tensors)"
     SERVES = "vLLM"
-    EXPERT_ZEROS = REJECTED
+    ASYMMETRIC_BITS = (4, 8)
+    ASYMMETRIC_RULE = "vLLM takes asymmetric weights at 4 and 8 bits only"
 
     def _expert_ties(self, index: ModelIndex) -> tuple[TieGroup, ...]:
         reason = "vLLM reads the scheme of expert 0 and takes it for all experts of the layer"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
@@ -12,6 +13,9 @@ from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.solving import read_allocation
 from bitatlas.cache.paths import Home, atomic_write
 from bitatlas.cache.store import Store
+
+if TYPE_CHECKING:
+    from bitatlas.app.targets import Target, Verdict
 
 __all__ = ["check", "export", "generate", "pack", "submit_pack"]
 
@@ -149,12 +153,19 @@ def check(allocation: str | Path | Allocation, target: str, *, model: str | None
 
 
 def export(
-    allocation: str | Path | Allocation, target: str, output: str | Path, *, model: str | None = None
+    allocation: str | Path | Allocation,
+    target: str,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    weights: bool = False,
+    quantizer: str = "rtn",
 ) -> dict[str, Any]:
-    """Write the files of a target and say which command to run.
+    """Write the files of a target and say which command to run; with ``weights`` the finished checkpoint instead.
 
     Raises:
-        UserError: the engine rejects the allocation; nothing is written then.
+        UserError: the engine rejects the allocation (for weights: does not serve it), or its container is not one
+            that is written here; nothing is written then.
     """
     from bitatlas.app.targets import get_target
 
@@ -166,6 +177,12 @@ def export(
         raise UserError(
             f"{target} rejects this allocation", found="; ".join(verdict.reasons[:3]), fix=verdict.change
         )
+    if weights:
+        return {
+            "target": target,
+            **verdict.to_dict(),
+            **_export_weights(engine, verdict, plan, index, output, quantizer),
+        }
     files = engine.render(plan, index)
     folder = Path(output).expanduser()
     for name, text in files.items():
@@ -176,3 +193,23 @@ def export(
         "files": [str(folder / name) for name in files],
         "command": engine.command(plan, index),
     }
+
+
+def _export_weights(
+    engine: Target, verdict: Verdict, plan: Allocation, index: ModelIndex, output: str | Path, quantizer: str
+) -> dict[str, Any]:
+    """The checkpoint in the engine's own container."""
+    from bitatlas.app.work.checkpoint import loadable
+    from bitatlas.app.work.engine_checkpoint import write_engine_checkpoint
+
+    container = engine.container()
+    if container is None:
+        raise UserError(f"the weights of {engine.NAME} are made by its own tools",
+                        fix="export without --weights and run the command")  # fmt: skip
+    if verdict.status != "servable":
+        raise UserError(f"{engine.NAME} would not serve this", found=verdict.reasons[0], fix=verdict.change)
+    source = loadable(index, Home.default())
+    folder = write_engine_checkpoint(
+        container, source, replace(plan, model_digest=source.digest), output, quantizer=quantizer
+    )
+    return {"files": sorted(str(f) for f in folder.iterdir()), "command": ""}

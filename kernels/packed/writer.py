@@ -20,7 +20,7 @@ from bitatlas.kernels.packed.manifest import MANIFEST, PARTIAL, Manifest, Packed
 from bitatlas.kernels.packed.matrix import packed_tensors
 from bitatlas.kernels.packed.shards import DTYPES, ShardReader, TensorSpec, write_shard
 
-__all__ = ["PackedWriter", "check_folder", "kept_spec", "unit_specs"]
+__all__ = ["PackedWriter", "check_folder", "copy_side_files", "kept_spec", "unit_specs", "write_text"]
 
 _COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -85,10 +85,10 @@ class PackedWriter:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._check_space()
-            _copy_side_files(source, self.out)
+            copy_side_files(source, self.out)
             for name, text in self._extra.items():
-                _write_text(self.out / name, text)
-            _write_text(self.out / PARTIAL, self._text)
+                write_text(self.out / name, text)
+            write_text(self.out / PARTIAL, self._text)
         except (OSError, UserError) as e:
             for path in self.out.iterdir() if self.out.is_dir() else ():
                 path.unlink()
@@ -172,11 +172,11 @@ def check_folder(out: Path) -> str:
     return ""
 
 
-def _copy_side_files(source: Path, out: Path) -> None:
-    """config.json without foreign code and old quantisation, tokenizer, generation settings, licence."""
+def copy_side_files(source: Path, out: Path, changes: Mapping[str, object] | None = None) -> None:
+    """config.json without foreign code and old quantisation (``changes`` put in), tokenizer, generation settings, licence."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    clean = {k: v for k, v in config.items() if k not in _NOT_OURS}
-    _write_text(out / "config.json", json.dumps(clean, indent=2) + "\n")
+    clean = {k: v for k, v in config.items() if k not in _NOT_OURS} | dict(changes or {})
+    write_text(out / "config.json", json.dumps(clean, indent=2) + "\n")
     for name in _COPIED:
         path = source / name
         if path.is_file() and path.stat().st_size <= _MAX_COPY:
@@ -185,7 +185,8 @@ def _copy_side_files(source: Path, out: Path) -> None:
             os.replace(tmp, out / name)
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a small file: whole, on disk, or not at all."""
     tmp = path.with_name(path.name + ".tmp")
     with open(tmp, "w", encoding="utf-8") as f:
         f.write(text)

@@ -56,6 +56,13 @@ def test_bytes_are_what_the_format_says(name: str) -> None:
 def test_views_and_empty_matrices() -> None:
     codes = torch.arange(48, dtype=torch.uint8).view(8, 6).T % 8  # not contiguous
     assert torch.equal(unpack_codes(pack_codes(codes, 3), 3, 8), codes)
+    column = (
+        torch.arange(33, dtype=torch.uint8).view(33, 1).T % 8
+    )  # one row of stride 1, "contiguous" as it is
+    assert pack_codes(column, 3).tolist() == [naive_words(column[0].tolist(), 3)]
+    assert torch.equal(unpack_codes(pack_codes(column, 3), 3, 33), column)
+    one = pack_codes(torch.arange(66, dtype=torch.uint8).view(2, 33) % 8, 3)[:1].T.contiguous().T
+    assert torch.equal(unpack_codes(one, 3, 33), torch.arange(33, dtype=torch.uint8).view(1, 33) % 8)
     empty = torch.zeros(0, 5, dtype=torch.uint8)
     assert unpack_codes(pack_codes(empty, 3), 3, 5).shape == (0, 5)
 

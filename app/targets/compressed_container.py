@@ -1,0 +1,58 @@
+"""The tensors of a pack-quantized module of compressed-tensors.
+
+``weight_packed`` is our own bit stream (rows padded to 32-bit words); asymmetric zero points are one stream per group,
+packed along the rows; ``weight_shape`` is (rows, cols).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitatlas.analysis.schema import Allocation, Format, ModelIndex, QuantUnit
+from bitatlas.app.targets.compressed_tensors import CompressedTensors
+from bitatlas.kernels.packed.shards import TensorSpec
+from bitatlas.kernels.packing import pack_codes, packed_words
+from bitatlas.kernels.reference import Quantized
+
+__all__ = ["PackQuantized"]
+
+
+class PackQuantized:
+    """A `Container`."""
+
+    def __init__(self, target: CompressedTensors) -> None:
+        self.target = target
+
+    def specs(self, unit: QuantUnit, fmt: Format) -> list[TensorSpec]:
+        """Packed codes, scales, shape, and zero points where there are any."""
+        groups = fmt.groups(unit.cols)
+        out = [
+            TensorSpec(
+                f"{unit.key}.weight_packed", torch.int32, (unit.rows, packed_words(unit.cols, fmt.bits))
+            ),
+            TensorSpec(f"{unit.key}.weight_scale", torch.float16, (unit.rows, groups)),
+            TensorSpec(f"{unit.key}.weight_shape", torch.int64, (2,)),
+        ]
+        if not fmt.symmetric:
+            shape = (packed_words(unit.rows, fmt.bits), groups)
+            out.append(TensorSpec(f"{unit.key}.weight_zero_point", torch.int32, shape))
+        return out
+
+    def tensors(self, unit: QuantUnit, q: Quantized) -> dict[str, Tensor]:
+        """The same, filled."""
+        out = {
+            f"{unit.key}.weight_packed": pack_codes(q.codes, q.format.bits),
+            f"{unit.key}.weight_scale": q.scales,
+            f"{unit.key}.weight_shape": torch.tensor([unit.rows, unit.cols], dtype=torch.int64),
+        }
+        if q.zeros is not None:
+            packed = pack_codes(q.zeros.T.contiguous(), q.format.bits).T.contiguous()
+            out[f"{unit.key}.weight_zero_point"] = packed
+        return out
+
+    def config(self, allocation: Allocation, index: ModelIndex) -> dict[str, Any]:
+        """``quantization_config``."""
+        return {"quantization_config": self.target.quantization_config(allocation, index)}

@@ -1,0 +1,137 @@
+"""A checkpoint in an engine's own container: the target says which tensors a unit becomes, this writes them.
+
+Streaming, one unit in memory at a time; written beside the folder and renamed when whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bitatlas.analysis.schema import Allocation, ModelIndex, QuantUnit
+from bitatlas.kernels.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitatlas.kernels.formats import Format
+    from bitatlas.kernels.packed.shards import TensorSpec
+    from bitatlas.kernels.reference import Quantized
+
+__all__ = ["Container", "write_engine_checkpoint"]
+
+
+class Container(Protocol):
+    """How an engine stores a quantised matrix."""
+
+    def specs(self, unit: QuantUnit, fmt: Format) -> list[TensorSpec]:
+        """Tensors that the unit becomes."""
+
+    def tensors(self, unit: QuantUnit, q: Quantized) -> dict[str, Tensor]:
+        """Those tensors."""
+
+    def config(self, allocation: Allocation, index: ModelIndex) -> dict[str, Any]:
+        """What is added to config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    specs: list[TensorSpec]
+    make: Callable[[], dict[str, Tensor]]
+
+
+def write_engine_checkpoint(
+    container: Container,
+    index: ModelIndex,
+    allocation: Allocation,
+    out: str | Path,
+    *,
+    quantizer: str = "rtn",
+    shard_bytes: int = 1 << 30,
+) -> Path:
+    """Write ``index`` quantised by ``allocation`` into the folder ``out``, which must be empty or missing.
+
+    Units in a pass-through format, and all other tensors, stay as they are in the checkpoint.
+
+    Raises:
+        UserError: the folder is in use, another model's allocation, a quantiser that needs text, the disk is full.
+    """
+    from bitatlas.analysis.weights import WeightReader
+    from bitatlas.kernels.packed.writer import check_folder, copy_side_files
+
+    allocation.check_model(index)
+    target = Path(out).expanduser().absolute()
+    if check_folder(target):
+        raise UserError(f"{target} holds a packed model", fix="name a folder that is empty or does not exist")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        with WeightReader(index) as reader:
+            _write_shards(work, _pieces(container, index, allocation, reader, quantizer), shard_bytes)
+        copy_side_files(Path(index.path), work, container.config(allocation, index))
+        work.chmod(0o755)  # mkdtemp's folders are private
+        os.replace(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return target
+
+
+def _pieces(
+    container: Container, index: ModelIndex, allocation: Allocation, reader: Any, quantizer: str
+) -> list[_Piece]:
+    from bitatlas.kernels.formats import FORMATS
+    from bitatlas.kernels.packed.shards import DTYPES, TensorSpec
+    from bitatlas.kernels.quantizers import get_quantizer
+
+    kind = get_quantizer(quantizer)
+    if kind.NEEDS_INPUTS:
+        raise UserError(f"{quantizer} is not available for this container", fix="--quantizer mse")
+    pieces, whole = [], {k.name for k in index.kept}
+    for unit in index.units:
+        fmt = FORMATS[allocation.formats[unit.key]]
+        if fmt.kind == "float":
+            whole.add(unit.tensor)
+            continue
+
+        def make(unit: QuantUnit = unit, fmt: Format = fmt) -> dict[str, Tensor]:
+            return container.tensors(unit, kind()(reader.get(unit), fmt))
+
+        pieces.append(_Piece(container.specs(unit, fmt), make))
+    for name in sorted(whole):
+        info = reader.files.tensors[name][1]
+        spec = TensorSpec(name, DTYPES[info.dtype], tuple(info.shape))
+        pieces.append(_Piece([spec], lambda name=name: {name: reader.kept(name)}))  # type: ignore[misc]
+    return pieces
+
+
+def _write_shards(folder: Path, pieces: list[_Piece], shard_bytes: int) -> None:
+    """Shards in the naming of the hub, with their index."""
+    from bitatlas.kernels.packed.shards import write_shard
+    from bitatlas.kernels.packed.writer import write_text
+
+    shards: list[list[_Piece]] = [[]]
+    size = total = 0
+    for piece in pieces:
+        nbytes = sum(s.nbytes for s in piece.specs)
+        if size and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size, total = size + nbytes, total + nbytes
+    where: dict[str, str] = {}
+    for i, members in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        specs = [s for piece in members for s in piece.specs]
+        write_shard(folder / name, specs, (item for piece in members for item in piece.make().items()))
+        where |= dict.fromkeys((s.name for s in specs), name)
+    text = json.dumps(
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=1
+    )
+    write_text(folder / "model.safetensors.index.json", text + "\n")
