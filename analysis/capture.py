@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bitatlas.analysis.prefix import decoder_blocks, replaced_blocks
 from bitatlas.analysis.schema import QuantUnit
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ __all__ = ["SHARED_INPUT", "layer_groups", "watch_units"]
 
 Watch = Callable[[str, Tensor, np.ndarray, Tensor | None], None]
 """(unit key, x (n, cols), sequence of each row (n,) int64, routing weight (n,) or None)."""
+
+_STREAM_BYTES = 1 << 30
 
 SHARED_INPUT = {"k": "q", "v": "q", "up": "gate", "shared_up": "shared_gate"}
 """Role -> the role whose input it shares, as far as names tell; only estimates of memory and time hang on it."""
@@ -37,7 +40,9 @@ def watch_units(
 ) -> None:
     """One pass over all calibration sequences, no gradients; ``watch`` is told the inputs of ``units``.
 
-    The forward stops behind the last layer of ``units``, so a group of early layers costs little.
+    The forward stops behind the last layer of ``units``. What that layer puts out is kept in the context, and a
+    pass over later layers begins there; where it is missing (a resumed job), or a model's blocks share more than
+    that, the pass begins at the start, with the same results.
     """
     wanted = {u.key for u in units}
     last = max(u.layer for u in units)
@@ -54,12 +59,70 @@ def watch_units(
             raise _Reached
         watch(key, x, (token.cpu() // length + offset).numpy(), weight)
 
+    first = min(u.layer for u in units) if last >= 0 else ctx.index.n_layers
+    stream = _Stream(ctx, first, last, batch_tokens)
     with torch.no_grad(), loaded.capture(callback, [*wanted, *behind]):
-        for batch in calibration.batches(batch_tokens):
+        for number, batch in enumerate(calibration.batches(batch_tokens)):
             before_batch()
-            with suppress(_Reached):
+            with stream.batch(number), suppress(_Reached):
                 loaded.logits(torch.from_numpy(batch))
             offset += len(batch)
+    stream.keep()
+
+
+class _Stream:
+    """What blocks put out, batch by batch: given to the next pass to begin with, taken from the one before."""
+
+    def __init__(self, ctx: MeasureContext, first: int, last: int, batch_tokens: int) -> None:
+        self._ctx, self._first, self._last = ctx, first, last
+        self._name = f"stream {batch_tokens}"
+        blocks = decoder_blocks(ctx.loaded.model, ctx.index.n_layers)
+        self._blocks = list(blocks) if blocks is not None else []
+        self._outputs: list[Any] = []
+        kept: dict[int, list[Any]] = ctx.scratch.get(self._name, {})
+        found = kept.get(first - 1)
+        self._before = found if found is not None and self._resumable(first) else None
+
+    def _resumable(self, layer: int) -> bool:
+        """Whether this model may begin at a block (none shares K/V with an earlier one): tried once, on one sequence."""
+        if "resumable" not in self._ctx.scratch:
+            ids = torch.from_numpy(self._ctx.calibration.tokens[:1])
+            seen: list[Any] = []
+            hook = self._blocks[layer - 1].register_forward_hook(lambda _, __, out: seen.append(out))
+            with torch.no_grad():
+                whole = self._ctx.loaded.logits(ids)
+                hook.remove()
+                with replaced_blocks(self._blocks[:layer], (seen[0],) * layer):
+                    self._ctx.scratch["resumable"] = torch.equal(whole, self._ctx.loaded.logits(ids))
+        return bool(self._ctx.scratch["resumable"])
+
+    @contextmanager
+    def batch(self, number: int) -> Iterator[None]:
+        """Around one batch: earlier blocks replaced where possible, the last block's output kept."""
+        with ExitStack() as stack:
+            if 0 <= self._last < len(self._blocks):
+                watched = self._blocks[self._last]
+                hook = watched.register_forward_hook(lambda _, __, out: self._outputs.append(out))
+                stack.callback(hook.remove)
+            if self._before is not None:
+                outputs = (self._before[number],) * self._first
+                stack.enter_context(replaced_blocks(self._blocks[: self._first], outputs))
+            yield
+
+    def keep(self) -> None:
+        """Leaves the outputs to the next pass, unless they are too large; and the input, for the same layer again."""
+        streams = {self._first - 1: self._before, self._last: self._outputs}
+        self._ctx.scratch[self._name] = {
+            layer: kept
+            for layer, kept in streams.items()
+            if kept and sum(map(_nbytes, kept)) <= _STREAM_BYTES
+        }
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_nbytes(v) for v in value) if isinstance(value, (tuple, list)) else 0
 
 
 def layer_groups(

@@ -21,38 +21,38 @@ __all__ = ["Rates", "active_params", "checkpoint_bytes", "estimate", "measure_ra
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What this process does in a second: matrix arithmetic, weights rounded to a format, bytes copied."""
+    """What this process does in a second: matrix arithmetic, weights rounded to a format, bytes read."""
 
     flops: float
     quantised: float
     bytes: float
 
 
-def _per_second(amount: float, work: Callable[[], object], at_least_s: float = 0.02) -> float:
+def _per_second(amount: float, work: Callable[[], object], at_least_s: float = 0.05) -> float:
     work()  # the first call pays for threads and caches
-    times: list[float] = []
-    # Five at least: on a busy machine the fastest is the one that was not interrupted.
-    while len(times) < 5 or sum(times) < at_least_s:
-        start = time.perf_counter()
+    count, start = 0, time.perf_counter()
+    # The mean, not the best: what this process gets while others work too.
+    while (elapsed := time.perf_counter() - start) < at_least_s or not count:
         work()
-        times.append(time.perf_counter() - start)
-    return amount / min(times)
+        count += 1
+    return amount * count / elapsed
 
 
 @lru_cache(maxsize=1)
 def measure_rates() -> Rates:
-    """Times a matrix product, a quantiser call and a copy; a tenth of a second, once per process."""
+    """Times a matrix product, a quantiser call and what reading does; a quarter of a second, once per process."""
     import torch
 
     from bitatlas.kernels.formats import parse_format
     from bitatlas.kernels.reference import quantize_dequantize
 
     a = torch.ones(384, 384)
+    raw = torch.ones(1 << 18, dtype=torch.bfloat16)
     fmt = parse_format("int4-g64")
     return Rates(
         flops=_per_second(2 * 384**3, lambda: a @ a),
         quantised=_per_second(a.numel(), lambda: quantize_dequantize(a, fmt)),
-        bytes=_per_second(4 * (1 << 20), lambda: torch.zeros(1 << 20).clone()),
+        bytes=_per_second(2 * raw.numel(), lambda: torch.isfinite(raw.to(torch.float32)).all()),
     )
 
 

@@ -96,6 +96,8 @@ class MeasureContext:
         self._given = {k: v for k, v in ready.items() if v is not None}
         self.__dict__.update(self._given)
         self._last: tuple[str, Tensor] | None = None
+        # Room for what steps of one process may share to save work; results never hang on it.
+        self.scratch: dict[str, Any] = {}
 
     @cached_property
     def reader(self) -> WeightReader:
@@ -176,6 +178,7 @@ class MeasureContext:
         if loaded is not None and "loaded" not in self._given:
             loaded.free()
             del self.__dict__["loaded"]
+        self.scratch.clear()
         self._last = None
 
     def __enter__(self) -> MeasureContext:

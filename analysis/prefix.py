@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bitatlas.analysis.loaded import LoadedModel
 
-__all__ = ["PrefixRunner", "Recording", "decoder_blocks"]
+__all__ = ["PrefixRunner", "Recording", "decoder_blocks", "replaced_blocks"]
 
 
 def decoder_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList | None:
@@ -102,12 +102,12 @@ class PrefixRunner:
         return self._resume(recording, layer)
 
     def _resume(self, recording: Recording, layer: int) -> Tensor:
-        with _replaced(self._blocks[:layer], recording.outputs[:layer]):
+        with replaced_blocks(self._blocks[:layer], recording.outputs[:layer]):
             return self._loaded.logits(recording.ids)
 
 
 @contextmanager
-def _replaced(blocks: list[nn.Module], outputs: tuple[Any, ...]) -> Iterator[None]:
+def replaced_blocks(blocks: list[nn.Module], outputs: tuple[Any, ...]) -> Iterator[None]:
     """These blocks return what they are given here instead of computing."""
     try:
         for block, output in zip(blocks, outputs):

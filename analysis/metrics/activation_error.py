@@ -126,7 +126,7 @@ class ActivationError(Metric):
         return rows
 
     def cost(self, ctx: MeasureContext) -> Cost:
-        """A forward to each group's end, H once per distinct input, dW H once per unit and format."""
+        """One forward, group by group, H once per distinct input, dW H once per unit and format."""
         n, groups, units = ctx.calibration_tokens, len(self.plan(ctx)), ctx.index.units
         inputs = {
             (u.layer, u.expert, SHARED_INPUT.get(u.role, u.role)): u for u in units if u.role != "embed"
@@ -137,7 +137,7 @@ class ActivationError(Metric):
         return Cost(
             steps=groups,
             bytes_read=2 * checkpoint_bytes(ctx.index),
-            forward_tokens=n * (groups + 1) // 2,
+            forward_tokens=ctx.calibration_tokens,
             flops=gram + product,
             quantised=ctx.index.params * (len(ctx.formats) + 1),
         )

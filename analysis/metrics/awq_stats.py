@@ -89,12 +89,12 @@ class AwqStats(Metric):
         return StepResult(rows)
 
     def cost(self, ctx: MeasureContext) -> Cost:
-        """A forward to each group's end, and every weight rounded 20 times per format."""
+        """One forward, group by group, and every weight rounded 20 times per format."""
         groups = len(self.plan(ctx))
         return Cost(
             steps=groups,
             bytes_read=checkpoint_bytes(ctx.index),
-            forward_tokens=max(ctx.calibration_tokens, ctx.calibration_tokens * (groups + 1) // 2),
+            forward_tokens=ctx.calibration_tokens,
             quantised=_GRID * ctx.index.params * len(ctx.formats),
         )
 

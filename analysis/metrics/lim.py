@@ -11,10 +11,11 @@ from torch import nn
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
 from bitatlas.analysis.metrics.base import Cost, Metric, Parts, StepResult
+from bitatlas.analysis.prefix import decoder_blocks
 from bitatlas.analysis.schema import NO_FORMAT, DamageRow
 from bitatlas.kernels.errors import UserError
 
-__all__ = ["Lim", "block_modules"]
+__all__ = ["Lim"]
 
 _BATCH_TOKENS = 2048
 
@@ -48,7 +49,13 @@ class Lim(Metric):
         """Array cosine (B, L): mean over each sequence's tokens, block by block."""
         first, last = (int(n) for n in key.removeprefix("sequences ").split("-"))
         tokens = torch.from_numpy(ctx.calibration.tokens[first : last + 1])  # (B, T)
-        blocks = block_modules(ctx.loaded.model, ctx.index.n_layers)
+        blocks = decoder_blocks(ctx.loaded.model, ctx.index.n_layers)
+        if blocks is None:
+            raise UserError(
+                "this architecture is not a plain stack of blocks",
+                found=f"{type(ctx.loaded.model).__name__} with {ctx.index.n_layers} layers",
+                fix="measure units instead of blocks; `bitatlas metrics` lists the metrics",
+            )
         cosine = np.full((len(tokens), len(blocks)), np.nan)
 
         def watch(layer: int) -> Any:
@@ -90,19 +97,3 @@ class Lim(Metric):
             bytes_read=checkpoint_bytes(ctx.index),
             forward_tokens=ctx.calibration_tokens,
         )
-
-
-def block_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
-    """The transformer blocks in order: the outermost module list as long as the model is deep.
-
-    Raises:
-        UserError: there is none (an architecture that is not a stack of blocks).
-    """
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return list(module)
-    raise UserError(
-        "this architecture is not a plain stack of blocks",
-        found=f"{type(model).__name__} with {n_layers} layers",
-        fix="measure units instead of blocks; `bitatlas metrics` lists the metrics",
-    )

@@ -8,8 +8,9 @@ import torch
 from conformance_metric import Case, MetricConformance
 
 from bitatlas.analysis.capture import layer_groups
-from bitatlas.analysis.measure import run_metric
+from bitatlas.analysis.measure import run_metric, run_step
 from bitatlas.analysis.metrics.activation_error import ActivationError, collect_moments
+from bitatlas.analysis.prefix import decoder_blocks
 from bitatlas.analysis.schema import QuantUnit
 from bitatlas.kernels.reference import quantize_dequantize
 
@@ -164,3 +165,52 @@ def test_groups_keep_within_memory_and_cover_every_unit():
             }
             assert limit == 1 or len(inputs) * 400 <= limit, name
     assert len(layer_groups(units, 1 << 30)) == 5
+
+
+def runs_of_blocks(ctx):
+    """Counter of every block's forwards that came to their end."""
+    counts = [0] * ctx.index.n_layers
+    for i, block in enumerate(decoder_blocks(ctx.loaded.model, ctx.index.n_layers)):
+        original = type(block).forward
+
+        def counted(self, *args, i=i, original=original, **kwargs):
+            out = original(self, *args, **kwargs)
+            counts[i] += 1
+            return out
+
+        block.__class__ = type(f"Counted{i}", (type(block),), {"forward": counted})
+    return counts
+
+
+@pytest.mark.parametrize(("family", "limit"), [("llama", 1 << 30), ("mixtral", 6000), ("gpt2", 1 << 30)])
+def test_each_block_runs_once_for_all_groups_together(context, tmp_path, family, limit):
+    settings = {"batch_tokens": 60, "moment_bytes": limit}
+    changes = {"n_layer" if family == "gpt2" else "num_hidden_layers": 4}
+    with context(family, changes=changes, settings=settings) as ctx:
+        counts = runs_of_blocks(ctx)
+        plan = ActivationError().plan(ctx)
+        assert len(plan) >= 5
+        rows = run_metric(ActivationError(), ctx, tmp_path / "one")
+        batches = 3
+        if family == "mixtral":
+            # A layer in several groups runs once for each of them, but never the layers before it.
+            assert sum(counts) <= batches * len(plan) + 2 * 4
+        else:
+            # Once per batch, and twice for trying out that beginning at a block changes nothing.
+            assert all(batches <= c <= batches + 2 for c in counts)
+    for key in plan:
+        with context(family, changes=changes, settings=settings) as fresh:
+            alone = run_step(ActivationError(), fresh, tmp_path / "alone", key)
+            assert alone
+            assert all(repr(r) in {repr(x) for x in rows} for r in alone)
+
+
+def test_blocks_that_share_more_than_the_stream_run_from_the_start(context, tmp_path):
+    with context("llama", changes={"num_hidden_layers": 4}) as ctx:
+        want = run_metric(ActivationError(), ctx, tmp_path / "a")
+    with context("llama", changes={"num_hidden_layers": 4}) as ctx:
+        counts = runs_of_blocks(ctx)
+        ctx.scratch["resumable"] = False
+        got = run_metric(ActivationError(), ctx, tmp_path / "b")
+        assert counts[0] > counts[3]
+    assert [repr(r) for r in got] == [repr(r) for r in want]

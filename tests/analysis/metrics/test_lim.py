@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from conformance_metric import Case, MetricConformance
-from torch import nn
 
 from bitatlas.analysis.measure import run_metric
 from bitatlas.analysis.metrics import lim
-from bitatlas.analysis.metrics.lim import Lim, block_modules
+from bitatlas.analysis.metrics.lim import Lim
+from bitatlas.analysis.prefix import decoder_blocks
 from bitatlas.kernels.errors import UserError
 
 
@@ -30,7 +30,7 @@ def test_equals_the_cosine_of_the_hidden_states(context, tmp_path, family):
         rows = run_metric(Lim(), ctx, tmp_path)
         tokens = ctx.calibration.tokens
         streams = []
-        for block in block_modules(ctx.loaded.model, 2):
+        for block in decoder_blocks(ctx.loaded.model, 2):
             block.register_forward_pre_hook(
                 lambda _, a, k: streams.append(a[0] if a else k["hidden_states"]), with_kwargs=True
             )
@@ -54,6 +54,8 @@ def test_equals_the_cosine_of_the_hidden_states(context, tmp_path, family):
             assert row.count == tokens.size
 
 
-def test_a_model_that_is_no_stack_is_refused():
-    with pytest.raises(UserError, match="not a plain stack"):
-        block_modules(nn.Sequential(nn.Linear(2, 2)), 3)
+def test_a_model_that_is_no_stack_is_refused(context, monkeypatch):
+    with context("llama") as ctx:
+        monkeypatch.setattr(lim, "decoder_blocks", lambda model, n: None)
+        with pytest.raises(UserError, match="not a plain stack"):
+            Lim().step(ctx, Lim().plan(ctx)[0])
