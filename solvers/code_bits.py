@@ -23,5 +23,6 @@ def effective_bits(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     c = problem.classes
     weights = np.zeros(len(c.bytes))
     np.add.at(weights, c.of_unit, problem.params.astype(float))
-    weights = np.maximum(weights, 1.0)
+    # A class without weights (a KV cache) counts as if its largest format took 16 bits.
+    weights = np.where(weights > 0, weights, np.maximum(c.bytes.max(axis=1) / 2, 1.0))
     return 8 * c.bytes / weights[:, None], weights
