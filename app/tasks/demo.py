@@ -35,7 +35,7 @@ def demo() -> dict[str, Any]:
     index = open_index(demo_path())
     known = {m["digest"] for m in store.models()}
     if index.digest not in known or not store.runs(index.digest):
-        store.import_study(_folder() / "study")
+        store.import_study(_folder() / "study", str(demo_path()))
     store.put_model(index)
     return {"path": str(demo_path()), "digest": index.digest, "runs": len(store.runs(index.digest)),
             "allocations": len(store.allocations(index.digest))}  # fmt: skip

@@ -97,7 +97,10 @@ def _prepare(
     names = tuple(f.name for f in expand_formats(formats))
     names, ties = _target_limits(index, target, names)
     pinned = resolve_pins(pins, index.unit_keys())
-    table = find_table(store, index, metric, names) if needs_damage else None
+    table = None
+    # A rule that needs no damage is still told it where it is known, so that its prediction can be shown.
+    if needs_damage or store.latest_run(index.digest, metric, names) is not None:
+        table = find_table(store, index, metric, names)
     return store, index, table, names, pinned, ties
 
 

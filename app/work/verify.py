@@ -79,7 +79,7 @@ class VerifyWork(Work):
         """Results per allocation, stored as verifications."""
         folder = self.home.runs(self._parts)
         parts = {key: load_part(folder, key) or {} for key in self.verifier.steps()}
-        results, rows = [], []
+        store, results = Store(self.home), []
         for key, result in self.verifier.results(parts).items():
             allocation, data = self.allocations[key], result.to_dict()
             row = {
@@ -99,8 +99,8 @@ class VerifyWork(Work):
                 "sequences": data["kl_sequences"],
                 "settings": {"seq_len": self.params["seq_len"], "seed": self.params["seed"]},
             }
-            rows.append(row)
+            store.put_verification(row)
             about = {"solver": allocation.solver, "metric": allocation.metric, "bits_per_weight": allocation.bits_per_weight,
                      "weights_bytes": allocation.weights_bytes, "predicted": allocation.predicted}  # fmt: skip
             results.append({**about, **{k: v for k, v in row.items() if k not in ("sequences", "settings")}})
-        return {"results": results, "verifications": rows}
+        return {"results": results}
