@@ -35,9 +35,10 @@ def memory_bar(view: FitView, p: Palette) -> go.Figure:
             hovertemplate=f"{s.label}<br>{s.nbytes:,} bytes ({share:.1%})<extra></extra>",
         )  # fmt: skip
     figure.update_layout(
-        template=template(p), barmode="stack", height=150, bargap=0.1,
+        template=template(p), barmode="stack", height=190, bargap=0.1,
         xaxis={"title": f"memory ({word})", "range": [0, view.total_bytes / unit]}, yaxis={"visible": False},
-        legend={"traceorder": "normal", "font": {"size": 12}}, dragmode=False,
+        legend={"traceorder": "normal", "font": {"size": 12}, "y": 1.05}, dragmode=False,
+        margin={"l": 8, "r": 8, "t": 70, "b": 8},
     )  # fmt: skip
     return figure
 
@@ -76,6 +77,6 @@ def front_chart(
     figure.update_layout(
         template=template(p), height=360, dragmode=False, uirevision="front",
         xaxis={"title": f"weights ({word}), kept tensors included"},
-        yaxis={"title": f"{metric} ({unit})", "type": "log" if positive.size > 1 else "linear"},
+        yaxis={"title": f"predicted damage, {metric} ({unit})", "type": "log" if positive.size > 1 else "linear"},
     )  # fmt: skip
     return figure
