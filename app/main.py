@@ -11,7 +11,8 @@ from bitatlas.analysis.schema import UserError
 from bitatlas.app.screens import SCREENS, Screen
 from bitatlas.app.theme import favicon, logo
 from bitatlas.app.widgets.boxes import error_box
-from bitatlas.app.widgets.frame import STYLE, draw_frame
+from bitatlas.app.widgets.frame import draw_frame, style
+from bitatlas.app.widgets.look import current_palette
 
 
 def _drawn(screen: Screen) -> Callable[[], None]:
@@ -23,22 +24,25 @@ def _drawn(screen: Screen) -> Callable[[], None]:
     return draw
 
 
-def _home() -> None:
-    st.switch_page(st.session_state["_pages"][SCREENS[0].name])
-
-
 def main() -> None:
     """Draw the frame and the page in it."""
     st.set_page_config(page_title="bitatlas", page_icon=favicon(), layout="wide", initial_sidebar_state=200)
     st.logo(logo(), size="large")
-    st.html(STYLE)
-    # A page of its own, so that every page in the menu has an address, the first one too.
-    home = st.Page(_home, title="bitatlas", default=True, visibility="hidden")
-    menu: dict[str, list[st.Page]] = {"": [home]}
+    st.html(style(current_palette()))
+    menu: dict[str, list[st.Page]] = {}
+    first = SCREENS[0]
     for screen in SCREENS:
-        page = st.Page(_drawn(screen), title=screen.title, icon=screen.icon, url_path=screen.address)
+        page = st.Page(
+            _drawn(screen), title=screen.title, icon=screen.icon,
+            url_path="home" if screen is first else screen.address, default=screen is first,
+        )  # fmt: skip
         menu.setdefault(screen.section, []).append(page)
         st.session_state.setdefault("_pages", {})[screen.name] = page
+    # The first page lives at "/"; its own address shall work as well.
+    alias = st.Page(
+        _drawn(first), title=first.title, icon=first.icon, url_path=first.address, visibility="hidden"
+    )
+    menu[first.section].append(alias)
     chosen = st.navigation(menu, expanded=True)
     try:
         draw_frame()

@@ -157,7 +157,7 @@ def _ghost(
     if hatch:
         marker = {"symbol": "line-ne-open", "size": size, "color": palette.muted, "opacity": 0.8}
         unselected = {"opacity": 0.8}
-    chosen = None if selected is None else np.flatnonzero(np.isin(cells, selected))
+    chosen = None if selected is None else np.flatnonzero(np.isin(cells, selected)).tolist()
     return go.Scattergl(
         x=p.cell_x[mask].astype(np.int32), y=p.cell_y[mask].astype(np.int32), mode="markers", marker=marker,
         customdata=data, text=[keys[u] for u in p.unit[mask]] if named else None,

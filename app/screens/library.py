@@ -9,7 +9,7 @@ from bitatlas.analysis.schema import UserError
 from bitatlas.app import state, studies
 from bitatlas.app.views import inside
 from bitatlas.app.views import library as views
-from bitatlas.app.widgets.boxes import empty_state, error_box, go
+from bitatlas.app.widgets.boxes import empty_state, error_box, link_to
 from bitatlas.app.widgets.data import forget, get_freshness, get_studies, get_study
 from bitatlas.app.widgets.frame import title
 from bitatlas.app.widgets.twin import cli_twin, command, downloads
@@ -37,8 +37,8 @@ def page() -> None:
 
 def _table(view: views.LibraryView, infos: list[studies.StudyInfo]) -> studies.StudyInfo:
     frame = pd.DataFrame(dict(view.columns))
-    picked = st.dataframe(
-        frame, hide_index=True, key="library_table", on_select="rerun", selection_mode="single-row",
+    st.dataframe(
+        frame, hide_index=True, key="library_table", on_select=lambda: _pick(infos), selection_mode="single-row",
         alt=view.title,
         column_config={
             "model": st.column_config.TextColumn("Model", pinned=True),
@@ -55,20 +55,20 @@ def _table(view: views.LibraryView, infos: list[studies.StudyInfo]) -> studies.S
             "path": st.column_config.TextColumn("Path"),
         },
     )  # fmt: skip
-    rows = picked["selection"]["rows"]
-    current = next((i for i, s in enumerate(infos) if s.digest == st.session_state.get("_study")), 0)
-    info = infos[rows[0] if rows and rows[0] < len(infos) else current]
+    info = next((s for s in infos if s.digest == st.session_state.get("_study")), infos[0])
     with st.container(horizontal=True, vertical_alignment="center"):
-        if st.button(f"Open {info.name}", type="primary", icon=":material/grid_on:", key="open_study",
-                     on_click=state.choose_study, args=(info.label,), disabled=not info.metrics):  # fmt: skip
-            go("sensitivity_map")
-        if st.button("Measure it", icon=":material/play_circle:", key="measure_study",
-                     on_click=state.choose_study, args=(info.label,)):  # fmt: skip
-            go("run")
+        link_to("sensitivity_map", f"Open the map of {info.name}", ":material/grid_on:", primary=True)
+        link_to("run", "Measure it", ":material/play_circle:")
         st.button("Open the sample study", key="sample", on_click=_open_sample, type="tertiary")
         st.space("stretch")
         downloads("library", lambda: frame, lambda: {"title": view.title, **view.columns}, "library")
     return info
+
+
+def _pick(infos: list[studies.StudyInfo]) -> None:
+    rows = st.session_state["library_table"]["selection"]["rows"]
+    if rows and rows[0] < len(infos):
+        state.choose_study(infos[rows[0]].label)
 
 
 def _inside(info: studies.StudyInfo) -> None:

@@ -8,7 +8,7 @@ import streamlit as st
 
 from bitatlas.analysis.schema import UserError
 
-__all__ = ["empty_state", "error_box", "go"]
+__all__ = ["empty_state", "error_box", "link_to"]
 
 
 def error_box(error: UserError) -> None:
@@ -22,15 +22,22 @@ def error_box(error: UserError) -> None:
     st.error("  \n".join(lines), icon=":material/error:")
 
 
-def go(screen: str) -> None:
-    """Show another page (in a button's body, not in a callback)."""
-    st.switch_page(st.session_state["_pages"][screen])
+def link_to(screen: str, label: str, icon: str = "", *, primary: bool = False) -> None:
+    """A link to another page that keeps study, selection and pins.
+
+    A link and not a button with ``st.switch_page``, which would clear the query string and may not: widgets are
+    bound to it. A ``primary`` one looks like the page's main button.
+    """
+    key = f"primary_link_{screen}" if primary else f"link_{screen}"
+    with st.container(key=key, width="content"):
+        st.page_link(st.session_state["_pages"][screen], label=label, icon=icon or None)
 
 
 def empty_state(sentence: str, button: str, *, screen: str = "", on_click: Callable[[], None] | None = None) -> None:  # fmt: skip
-    """One sentence on what will appear here and one button that makes it appear."""
-    with st.container(border=True, horizontal_alignment="center"):
+    """One sentence on what will appear here and one button that makes it appear: a page to go to, or a callback."""
+    with st.container(border=True, horizontal_alignment="center", key="empty_box"):
         st.markdown(sentence, text_alignment="center")
-        pressed = st.button(button, type="primary", on_click=on_click, key="empty_state")
-        if pressed and screen:
-            go(screen)
+        if screen:
+            link_to(screen, button, primary=True)
+        else:
+            st.button(button, type="primary", on_click=on_click, key="empty_state")

@@ -5,20 +5,26 @@ from __future__ import annotations
 import streamlit as st
 
 from bitatlas.app import state
+from bitatlas.app.theme import Palette
 from bitatlas.app.views.frame import budget_chip, selection_chip
 from bitatlas.app.widgets.boxes import error_box
 from bitatlas.app.widgets.data import get_studies, the_study
 from bitatlas.app.widgets.jobs import job_ribbon
 
-__all__ = ["STYLE", "draw_frame", "title"]
+__all__ = ["draw_frame", "style", "title"]
 
-# Streamlit leaves 6 rem above a page; the main chart needs them on a 900-pixel screen.
-STYLE = """<style>
-.stMainBlockContainer {padding: 2.2rem 2.2rem 2rem 2.2rem;}
-.st-key-frame {border-bottom: 1px solid color-mix(in srgb, currentColor 14%, transparent); padding-bottom: .55rem;}
-.st-key-frame p {white-space: nowrap;}
-[data-testid="stHeader"] {background: transparent; pointer-events: none;}
-[data-testid="stHeader"] > * {pointer-events: auto;}
+
+def style(p: Palette) -> str:
+    """The few things that Streamlit has no option for: space above the page, links that look like the main button."""
+    return f"""<style>
+.stMainBlockContainer {{padding: 2.2rem 2.2rem 2rem 2.2rem;}}
+.st-key-frame {{border-bottom: 1px solid {p.grid}; padding-bottom: .55rem;}}
+.st-key-frame p {{white-space: nowrap;}}
+[data-testid="stHeader"] {{background: transparent; pointer-events: none;}}
+[data-testid="stHeader"] > * {{pointer-events: auto;}}
+[class*="st-key-primary_link_"] a {{background: {p.accent}; border-radius: .4rem; padding: .45rem .9rem;}}
+[class*="st-key-primary_link_"] a * {{color: {p.paper} !important;}}
+[class*="st-key-link_"] a {{border: 1px solid {p.grid}; border-radius: .4rem; padding: .45rem .9rem;}}
 </style>"""
 
 

@@ -10,7 +10,7 @@ from bitatlas.app import state, studies
 from bitatlas.app.charts import progress as chart
 from bitatlas.app.jobs.status import JobStatus
 from bitatlas.app.views.job import JobView, by_layer, job_view
-from bitatlas.app.widgets.boxes import error_box, go
+from bitatlas.app.widgets.boxes import error_box, link_to
 from bitatlas.app.widgets.jobs import follow, jobs_now, model_name
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.twin import cli_twin, command
@@ -39,12 +39,8 @@ def _panel(index: ModelIndex) -> None:
         st.caption(f"{view.steps} · {view.alive} · job {view.id}")
     _layers(chosen, view, index)
     with st.container(horizontal=True):
-        if (
-            view.state == "done"
-            and chosen.kind == "measure"
-            and st.button("Open the map", key="job_map", type="primary", icon=":material/grid_on:")
-        ):
-            go("sensitivity_map")
+        if view.state == "done" and chosen.kind == "measure":
+            link_to("sensitivity_map", "Open the map", ":material/grid_on:", primary=True)
         if view.can_cancel:
             st.button(
                 "Cancel",

@@ -8,7 +8,6 @@ from bitatlas.analysis.schema import UserError
 from bitatlas.app import studies
 from bitatlas.app.jobs.status import JobStatus
 from bitatlas.app.views.job import job_view, ribbon
-from bitatlas.app.widgets.boxes import go
 from bitatlas.app.widgets.data import forget, get_studies
 
 __all__ = ["follow", "job_ribbon", "jobs_now", "model_name"]
@@ -60,12 +59,4 @@ def _ribbon() -> None:
         st.rerun(scope="app")
     text = ribbon([job_view(j, model_name(j)) for j in jobs])
     if text:
-        pressed = st.button(
-            text,
-            key="ribbon",
-            type="tertiary",
-            icon=":material/progress_activity:",
-            help="Follow on the Run page",
-        )
-        if pressed:
-            go("run")
+        st.page_link(st.session_state["_pages"]["run"], label=text, icon=":material/progress_activity:", help="Follow it on the Run page")  # fmt: skip
