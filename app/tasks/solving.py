@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +16,6 @@ from bitatlas.analysis.schema import (
     ModelIndex,
     Provenance,
     SensitivityTable,
-    TieGroup,
     UserError,
     expand_formats,
     parse_format,
@@ -28,6 +28,9 @@ from bitatlas.cache.paths import Home, atomic_write
 from bitatlas.cache.store import Store
 from bitatlas.solvers import Problem, get_solver, to_allocation
 from bitatlas.solvers import frontier as sweep
+
+if TYPE_CHECKING:
+    from bitatlas.app.targets.limits import Limits
 
 __all__ = [
     "build_problem", "describe_allocation", "describe_frontier", "find_table", "frontier", "read_allocation", "solve",
@@ -57,31 +60,18 @@ def build_problem(
     formats: tuple[str, ...],
     limit_bytes: int,
     pins: dict[str, str],
-    ties: tuple[TieGroup, ...] = (),
+    limits: Limits | None = None,
 ) -> Problem:
-    """The solvers' problem; formats that only pins use become columns of their own."""
-    return Problem.build(
-        index, table, tuple(parse_format(f) for f in formats), limit_bytes, pins=pins, ties=ties
-    )
+    """The solvers' problem; formats that only pins use become columns of their own.
 
-
-def _target_limits(
-    index: ModelIndex, target: str | None, formats: tuple[str, ...]
-) -> tuple[tuple[str, ...], tuple[TieGroup, ...]]:
-    """Formats that the engine can load and the ties it needs."""
-    if target is None:
-        return formats, ()
-    from bitatlas.app.targets import get_target
-
-    engine = get_target(target)
-    usable = tuple(f for f in formats if engine.loads(parse_format(f)))
-    if not usable:
-        raise UserError(
-            f"{target} loads none of these formats",
-            found=", ".join(formats),
-            fix=f"it loads {', '.join(engine.format_names()[:12])}",
-        )
-    return usable, tuple(engine.ties(index))
+    ``limits`` of an engine add its ties, and pins where it takes none of the formats; pins by hand come first.
+    """
+    wanted = tuple(parse_format(f) for f in formats)
+    if limits is None:
+        return Problem.build(index, table, wanted, limit_bytes, pins=pins)
+    problem = Problem.build(index, table, wanted, limit_bytes, pins={**limits.pins, **pins}, ties=limits.ties)
+    mask = limits.mask(index, problem.formats, free=tuple(pins))
+    return replace(problem, allowed=problem.allowed & mask)
 
 
 def _prepare(
@@ -91,17 +81,23 @@ def _prepare(
     pins: list[str],
     target: str | None,
     needs_damage: bool,
-) -> tuple[Store, ModelIndex, SensitivityTable | None, tuple[str, ...], dict[str, str], tuple[TieGroup, ...]]:
+) -> tuple[Store, ModelIndex, SensitivityTable | None, tuple[str, ...], dict[str, str], Limits | None]:
     index = register(model)
     store = Store(Home.default())
     names = tuple(f.name for f in expand_formats(formats))
-    names, ties = _target_limits(index, target, names)
+    limits = None
+    if target is not None:
+        from bitatlas.app.targets import get_target
+        from bitatlas.app.targets.limits import limits_of
+
+        limits = limits_of(get_target(target), index, names)
+        names = limits.formats
     pinned = resolve_pins(pins, index.unit_keys())
     table = None
     # A rule that needs no damage is still told it where it is known, so that its prediction can be shown.
     if needs_damage or store.latest_run(index.digest, metric, names) is not None:
         table = find_table(store, index, metric, names)
-    return store, index, table, names, pinned, ties
+    return store, index, table, names, pinned, limits
 
 
 def solve(
@@ -128,13 +124,13 @@ def solve(
         UserError: not measured, impossible budget (names the smallest possible one), a pin that matches nothing.
     """
     algorithm = get_solver(solver)
-    store, index, table, names, pinned, ties = _prepare(
+    store, index, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
     )
     budget = resolve_budget(
         index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch, reserve=reserve
     )
-    allocation = solve_table(index, table, names, budget, solver, pinned, ties, seed)
+    allocation = solve_table(index, table, names, budget, solver, pinned, limits, seed)
     store.put_allocation(allocation)
     if output is not None:
         atomic_write(Path(output).expanduser().resolve(), allocation.to_json().encode())
@@ -148,11 +144,11 @@ def solve_table(
     budget: Budget,
     solver: str,
     pins: dict[str, str],
-    ties: tuple[TieGroup, ...] = (),
+    limits: Limits | None = None,
     seed: int = 0,
 ) -> Allocation:
     """`solve` without the store: what a page calls while a slider moves."""
-    problem = build_problem(index, table, formats, budget.weights_bytes - index.kept_bytes, pins, ties)
+    problem = build_problem(index, table, formats, budget.weights_bytes - index.kept_bytes, pins, limits)
     algorithm = get_solver(solver)
     solution = algorithm.solve(with_probes(problem, table, algorithm), seed=seed)
     provenance = Provenance(
@@ -174,11 +170,11 @@ def frontier(
 ) -> Frontier:
     """The best predicted damage at every size, cheapest first; stored."""
     algorithm = get_solver(solver)
-    store, index, table, names, pinned, ties = _prepare(
+    store, index, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
     )
     ceiling = int(index.bytes_table([parse_format(f) for f in names]).max(axis=1).sum())
-    problem = with_probes(build_problem(index, table, names, ceiling, pinned, ties), table, algorithm)
+    problem = with_probes(build_problem(index, table, names, ceiling, pinned, limits), table, algorithm)
     front = sweep(problem, algorithm, points=points)
     store.put_frontier(index.digest, front)
     return front

@@ -1,0 +1,67 @@
+"""What a target leaves to choose: formats, ties, units that must stay as they are. For solving under an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitatlas.analysis.schema import FORMATS, ModelIndex, TieGroup, UserError, parse_format
+from bitatlas.app.targets.base import Target
+
+__all__ = ["Limits", "limits_of"]
+
+_LAST_RESORT = ("bf16", "fp16")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Attributes:
+    formats: those wanted that some unit may have.
+    ties: units that must share a format.
+    pins: units (with whatever is tied to them) that may have none of the formats -> what they get instead.
+    target: the engine.
+    """
+
+    formats: tuple[str, ...]
+    ties: tuple[TieGroup, ...]
+    pins: dict[str, str]
+    target: Target
+
+    def mask(self, index: ModelIndex, formats: Sequence[str], free: Sequence[str] = ()) -> np.ndarray:
+        """(units, formats) bool: what the engine takes. Units in ``free`` (pinned by hand) are not limited."""
+        skip, fmts = set(free), [FORMATS[f] for f in formats]
+        rows = [
+            [u.key in skip or self.target.refuses(u, f, index) is None for f in fmts] for u in index.units
+        ]
+        return np.array(rows, bool).reshape(len(index.units), len(fmts))
+
+
+def limits_of(target: Target, index: ModelIndex, formats: Sequence[str]) -> Limits:
+    """The limits of ``target`` on a choice among ``formats``.
+
+    Raises:
+        UserError: it loads none of them.
+    """
+    usable = tuple(f for f in formats if target.loads(parse_format(f)))
+    if not usable:
+        raise UserError(
+            f"{target.NAME} loads none of these formats", found=", ".join(formats),
+            fix=f"it loads {', '.join(target.format_names()[:12])}",
+        )  # fmt: skip
+    ties = tuple(target.ties(index))
+    units = {u.key: u for u in index.units}
+    pins: dict[str, str] = {}
+    tied = {key for tie in ties for key in tie.units}
+    for members in [tie.units for tie in ties] + [(key,) for key in units if key not in tied]:
+        both = (usable, _LAST_RESORT)
+        for names in both:
+            common = [
+                f for f in names if all(target.refuses(units[u], FORMATS[f], index) is None for u in members)
+            ]
+            if common:
+                break
+        if common and names is _LAST_RESORT:
+            pins.update(dict.fromkeys(members, common[0]))
+    return Limits(usable, ties, pins, target)
