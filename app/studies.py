@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.schema import NO_FORMAT, ModelIndex, SensitivityTable, UserError
+from bitatlas.analysis.schema import FORMATS, NO_FORMAT, ModelIndex, SensitivityTable, UserError
 from bitatlas.cache.paths import Home
 from bitatlas.cache.plans import PlanInfo
+from bitatlas.cache.runs import RunInfo
 from bitatlas.cache.store import Store
 
 __all__ = [
@@ -102,11 +103,12 @@ class UnitColumns:
 class Study:
     """Everything known about one model.
 
-    ``allocations`` are the store's short records (`PlanInfo`), ``verifications`` its dicts; both newest first.
+    ``runs``: metric -> the run its table is from. ``allocations`` are the store's short records (`PlanInfo`), ``verifications`` its dicts; both newest first.
     """
 
     index: ModelIndex
     tables: Mapping[str, SensitivityTable] = field(default_factory=dict)
+    runs: Mapping[str, RunInfo] = field(default_factory=dict)
     allocations: tuple[PlanInfo, ...] = ()
     verifications: tuple[dict[str, Any], ...] = ()
 
@@ -140,7 +142,7 @@ def list_studies(store: Store) -> list[StudyInfo]:
     """Every known model with what has been measured; measured ones first, then newest first. Reads no tables."""
     out = []
     for m in store.models():
-        metrics = _newest(store, m["digest"])
+        metrics = _newest(store, m["digest"], m["n_units"])
         out.append(
             StudyInfo(
                 m["digest"], m["name"], m["path"], m["architecture"], m["n_units"], m["params"], m["n_experts"],
@@ -150,13 +152,14 @@ def list_studies(store: Store) -> list[StudyInfo]:
     return sorted(out, key=lambda s: not s.metrics)
 
 
-def _newest(store: Store, digest: str) -> dict[str, MetricInfo]:
-    units = max(next((m["n_units"] for m in store.models() if m["digest"] == digest), 1), 1)
+def _newest(store: Store, digest: str, units: int) -> dict[str, MetricInfo]:
     out: dict[str, MetricInfo] = {}
     for e in store.metrics_of(digest):
         if e.metric not in out:
             formats = max(len(e.formats), 1)
-            out[e.metric] = MetricInfo(e.metric, e.formats, e.rows / (units * formats), e.run, e.finished)
+            out[e.metric] = MetricInfo(
+                e.metric, e.formats, e.rows / max(units * formats, 1), e.run, e.finished
+            )
     return out
 
 
@@ -168,15 +171,47 @@ def stamp(store: Store, digest: str) -> tuple[str, ...]:
 
 
 def load_study(store: Store, digest: str) -> Study:
-    """The whole study; of every metric the newest finished run.
+    """The whole study; of every metric the newest finished run, with the formats of older runs like it.
 
     Raises:
         UserError: no such model.
     """
     index = store.model(digest)
     keys = index.unit_keys()
-    tables = {name: store.table(info.run, name, keys) for name, info in _newest(store, digest).items()}
-    return Study(index, tables, tuple(store.allocations(digest)), tuple(store.verifications(digest)))
+    runs = {r.run: r for r in store.runs(digest)}
+    tables: dict[str, SensitivityTable] = {}
+    for e in store.metrics_of(digest):  # newest first
+        if e.metric not in tables:
+            tables[e.metric] = store.table(e.run, e.metric, keys)
+        elif _alike(runs[e.run], runs[tables[e.metric].run]) and not set(e.formats) <= set(
+            tables[e.metric].formats
+        ):
+            tables[e.metric] = _with_more_formats(tables[e.metric], store.table(e.run, e.metric, keys))
+    return Study(
+        index, tables, {m: runs[t.run] for m, t in tables.items()}, tuple(store.allocations(digest)),
+        tuple(store.verifications(digest)),
+    )  # fmt: skip
+
+
+def _alike(a: RunInfo, b: RunInfo) -> bool:
+    """Were these runs made from the same text with the same settings, so that their columns may stand side by side?"""
+    same = ("tokens", "seed")
+    return (a.metric, a.calibration, a.settings) == (b.metric, b.calibration, b.settings) and all(
+        a.provenance.get(k) == b.provenance.get(k) for k in same
+    )
+
+
+def _with_more_formats(table: SensitivityTable, older: SensitivityTable) -> SensitivityTable:
+    """``table`` with the columns of ``older`` that it lacks, in the usual order of formats."""
+    new = [f for f in older.formats if f not in table.formats]
+    extra = older.select(new)
+    order = [f for f in FORMATS if f in table.formats or f in new]
+    both = SensitivityTable(
+        table.metric, table.units, table.formats + extra.formats, np.hstack([table.damage, extra.damage]),
+        np.hstack([table.stderr, extra.stderr]), np.hstack([table.count, extra.count]),
+        max(table.floor, older.floor), table.run,
+    )  # fmt: skip
+    return both.select(order)
 
 
 def freshness(info: StudyInfo) -> str:

@@ -53,7 +53,7 @@ LIGHT = Palette(
     diverging=_scale("#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"),
 )  # fmt: skip
 DARK = Palette(
-    dark=True, paper="#12161c", ink="#e4e8ee", muted="#98a3b0", grid="#2a323d", accent="#7fb0ff",
+    dark=True, paper="#12161c", ink="#e4e8ee", muted="#98a3b0", grid="#2a323d", accent="#4a86e8",
     unknown="#4d5763", below_floor="#1e252e",
     damage=_scale("#38203f", "#6b2350", "#a2344f", "#d1553f", "#ee8544", "#f8b96a", "#fdeebf"),
     diverging=_scale("#67a9ff", "#3d73b3", "#274466", "#20262e", "#6b3a2c", "#b3603d", "#ff9b66"),

@@ -23,6 +23,8 @@ from bitatlas.app.widgets.twin import cli_twin, command, downloads
 
 __all__ = ["page"]
 
+_ROWS = 500  # drawn at once; the downloads hold them all
+
 
 def page() -> None:
     """Draw the page."""
@@ -124,13 +126,15 @@ def _pin() -> None:
 
 
 def _units(study: Study, view: views.MapView, controls: views.MapControls) -> None:
-    table = unit_table.build(study, view, controls, state.selection(), state.pins())
+    def whole() -> unit_table.UnitTable:
+        return unit_table.build(study, view, controls, state.selection(), state.pins())
+
+    table = unit_table.build(study, view, controls, state.selection(), state.pins(), _ROWS)
     frame = pd.DataFrame(dict(table.columns))
     with st.container(horizontal=True, vertical_alignment="center"):
         st.markdown(f"#### {table.title}")
-        downloads(
-            f"{study.index.name}-units", lambda: frame, lambda: _data(study, view, controls, table), "map"
-        )
+        downloads(f"{study.index.name}-units", lambda: pd.DataFrame(dict(whole().columns)),
+                  lambda: _data(study, view, controls, whole()), "map")  # fmt: skip
     number = st.column_config.NumberColumn
     st.dataframe(
         frame, hide_index=True, height=min(38 + 35 * len(frame), 360), key="unit_table", alt=table.title,
@@ -139,10 +143,19 @@ def _units(study: Study, view: views.MapView, controls: views.MapControls) -> No
             "expert": number("expert", help="empty for units that are no experts"),
             "value": number(view.unit, format="%.3e", width="medium"),
             "stderr": number("± (standard error)", format="%.1e"),
-            "bytes": number("size", format="bytes"),
+            "bytes": number("bytes", format="localized"),
         },
     )  # fmt: skip
-    cli_twin(command("measure", study.index.path, metric=controls.metric, formats=controls.format if view.log else None))  # fmt: skip
+    cli_twin(_line(study, controls))
+
+
+def _line(study: Study, controls: views.MapControls) -> str:
+    """The measurement that this map shows, as a command."""
+    formats = [f for f in study.tables[controls.metric].formats if f != NO_FORMAT]
+    run = study.runs.get(controls.metric)
+    settings = {k: run.provenance.get(k) or None for k in ("tokens", "seed")} if run else {}
+    metric = run.metric if run else controls.metric
+    return command("measure", study.index.path, metric=metric, formats=",".join(formats), **settings)
 
 
 def _data(study: Study, view: views.MapView, controls: views.MapControls, table: unit_table.UnitTable) -> dict[str, object]:  # fmt: skip

@@ -74,13 +74,14 @@ def estimate_view(model: str, estimate: Sequence[Mapping[str, Any]]) -> Estimate
     if not estimate:
         return EstimateView(f"What shall be measured on {model}?", "Choose metrics and formats; the cost is estimated first.")  # fmt: skip
     seconds = total_seconds(estimate)
+    what = str(estimate[0]["metric"]) if len(estimate) == 1 else count(len(estimate), "metric")
     tokens = sum(int(r["forward_tokens"]) + int(r["backward_tokens"]) for r in estimate)
     facts = [f"{count(sum(int(r['steps']) for r in estimate), 'step')}, each safe once it is done"]
     if tokens:
         facts.append(f"{tokens:,} tokens through the model")
     facts.append(f"{short_bytes(sum(int(r['bytes_read']) for r in estimate))} read")
     return EstimateView(
-        f"Measuring {count(len(estimate), 'metric')} on {model} takes about {duration(seconds)}",
+        f"Measuring {what} on {model} takes about {duration(seconds)}",
         " · ".join(facts),
     )
 

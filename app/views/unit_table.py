@@ -25,8 +25,8 @@ class UnitTable:
     ids: np.ndarray
 
 
-def build(study: Study, view: MapView, controls: MapControls, selection: Selection, pins: Mapping[int, str]) -> UnitTable:  # fmt: skip
-    """The selected units; all units when nothing is selected."""
+def build(study: Study, view: MapView, controls: MapControls, selection: Selection, pins: Mapping[int, str], limit: int | None = None) -> UnitTable:  # fmt: skip
+    """The selected units, all units when nothing is selected; ``limit`` keeps only the worst of them."""
     n = len(study.keys)
     ids = np.array(selection.ids, np.int64) if len(selection) else np.arange(n)
     value = view.value
@@ -34,6 +34,8 @@ def build(study: Study, view: MapView, controls: MapControls, selection: Selecti
     rank = np.empty(n, np.int64)
     rank[everywhere] = np.arange(1, n + 1)
     ids = ids[np.argsort(rank[ids], kind="stable")]
+    title = _title(study, view, selection, ids, limit)
+    ids = ids[:limit]
     c, units = study.columns, study.index.units
     columns: dict[str, object] = {
         "unit": [study.keys[i] for i in ids],
@@ -50,7 +52,7 @@ def build(study: Study, view: MapView, controls: MapControls, selection: Selecti
     if controls.format != NO_FORMAT:
         columns["bytes"] = study.index.bytes_table([parse_format(controls.format)])[ids, 0]
     columns["pin"] = [pins.get(int(i), "") for i in ids]
-    return UnitTable(_title(study, view, selection, ids), columns, ids)
+    return UnitTable(title, columns, ids)
 
 
 def _samples(study: Study, controls: MapControls) -> np.ndarray:
@@ -59,7 +61,9 @@ def _samples(study: Study, controls: MapControls) -> np.ndarray:
     return table.count[:, column]
 
 
-def _title(study: Study, view: MapView, selection: Selection, ids: np.ndarray) -> str:
+def _title(study: Study, view: MapView, selection: Selection, ids: np.ndarray, limit: int | None) -> str:
+    if not len(selection) and limit is not None and limit < len(ids):
+        return f"The {limit:,} worst of {count(len(ids), 'unit')}"
     if not len(selection):
         return f"All {count(len(ids), 'unit')}, worst first"
     total = float(np.nansum(np.maximum(view.value, 0)))

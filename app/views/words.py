@@ -4,17 +4,30 @@ from __future__ import annotations
 
 __all__ = ["count", "duration", "metric_unit", "params", "short_bytes"]
 
-_UNITS = {
-    "weight_error": "relative squared error",
-    "hawq_trace": "trace-weighted squared error",
+_NATS = ("fisher_projection", "fisher_trace", "fisher", "kl_flip", "hawq_trace")
+_UNITS = dict.fromkeys(_NATS, "nats/token") | {
+    "weight_error": "squared weight",
+    "weight_error_rel": "relative squared error",
+    "activation_error": "squared activation per token",
+    "activation_error_rel": "relative squared error",
+    "hessian_trace": "trace of the Hessian",
+    "alphaq": "squared weight",
+    "alpha_hill": "power-law exponent",
+    "alpha_hill_plain": "power-law exponent",
     "alphaq_alpha": "power-law exponent",
-    "routing": "share of tokens",
+    "spectral_alpha": "power-law exponent",
+    "routing_count": "tokens",
+    "routing_frequency": "share of tokens",
+    "routing_weight": "routing weight",
 }
 
 
 def metric_unit(name: str) -> str:
-    """The unit of a metric's values; KL in nats per token unless the metric says otherwise."""
-    return _UNITS.get(name, "nats/token")
+    """The unit of a metric's values; its name where the unit is not known here.
+
+    The metrics' own table would say it too, but loads torch, and a page must open without.
+    """
+    return _UNITS.get(name, name)
 
 
 def count(n: int, noun: str, plural: str = "s") -> str:

@@ -23,7 +23,7 @@ def style(p: Palette) -> str:
 [data-testid="stHeader"] {{background: transparent; pointer-events: none;}}
 [data-testid="stHeader"] > * {{pointer-events: auto;}}
 [class*="st-key-primary_link_"] a {{background: {p.accent}; border-radius: .4rem; padding: .45rem .9rem;}}
-[class*="st-key-primary_link_"] a * {{color: {p.paper} !important;}}
+[class*="st-key-primary_link_"] a * {{color: #ffffff !important;}}
 [class*="st-key-link_"] a {{border: 1px solid {p.grid}; border-radius: .4rem; padding: .45rem .9rem;}}
 </style>"""
 

@@ -37,7 +37,7 @@ def downloads(
     name: str, table: Callable[[], pd.DataFrame], view: Callable[[], Mapping[str, Any]], key: str
 ) -> None:
     """CSV of the table in its current filter and JSON of the view; both made only when asked for."""
-    with st.container(horizontal=True):
+    with st.container(horizontal=True, width="content"):
         st.download_button(
             "CSV", lambda: table().to_csv(index=False).encode(), f"{name}.csv", "text/csv", key=f"{key}_csv",
             icon=":material/download:", on_click="ignore",

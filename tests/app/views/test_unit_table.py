@@ -44,3 +44,14 @@ def test_unknown_units_are_counted_in_the_title(moe):
     unknown = np.flatnonzero(np.isnan(view.value))[:6]
     table = unit_table.build(moe, view, CONTROLS, Selection.of([*unknown.tolist(), 1]), {})
     assert table.title.endswith("; 6 unknown")
+
+
+def test_only_the_worst_are_drawn_at_once(moe):
+    view = build(moe, CONTROLS)
+    table = unit_table.build(moe, view, CONTROLS, Selection(), {}, 500)
+    assert table.title == "The 500 worst of 18,626 units"
+    assert len(table.ids) == len(table.columns["unit"]) == 500
+    assert set(table.ids.tolist()) == set(np.argsort(-np.nan_to_num(view.value))[:500].tolist())
+    some = unit_table.build(moe, view, CONTROLS, Selection.of(range(1000)), {}, 10)
+    assert some.title.startswith("1,000 units selected")
+    assert len(some.ids) == 10
