@@ -27,7 +27,7 @@ from bitatlas.analysis.measure import MeasureContext, run_metric
 from bitatlas.analysis.metrics import get_metric
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import SensitivityTable
-from bitatlas.analysis.verify import verify_many
+from bitatlas.analysis.verify import Verifier
 from bitatlas.kernels.formats import expand_formats
 from bitatlas.solvers import Problem, get_solver
 
@@ -91,7 +91,12 @@ def main() -> None:
             }
 
     start = time.perf_counter()
-    results = verify_many(ctx.loaded, index, allocations, held_out.tokens)
+    verifier = Verifier(ctx.loaded, index, held_out.tokens, allocations, weights_gib=5.0)
+    parts = {}
+    for step in verifier.steps():
+        parts[step] = verifier.run(step)
+        print(f"verify {step}, {time.perf_counter() - start:.0f} s", flush=True)
+    results = verifier.results(parts)
     verify_s = time.perf_counter() - start
     sizes = {name: effective_bits(index, choice) for name, choice in allocations.items()}
     uniform = [(sizes[u], results[u].kl_mean) for u in UNIFORM]

@@ -51,7 +51,7 @@ class HawqTrace(Metric):
     EMITS = ("hawq_trace", "hessian_trace")
     VERSION = 1
     SETTINGS: ClassVar = {
-        "trace_tol": 0.1, "min_probes": 8, "max_probes": 32, "trace_tokens": 512, "probe_group": "layer",
+        "trace_tol": 0.1, "min_probes": 8, "max_probes": 32, "trace_tokens": 256, "probe_group": "layer",
     }  # fmt: skip
 
     def plan(self, ctx: MeasureContext) -> list[str]:
