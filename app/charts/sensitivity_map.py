@@ -14,15 +14,23 @@ from bitatlas.app.theme import Palette, template
 from bitatlas.app.views.map_cells import BELOW_FLOOR, UNKNOWN, MapPanel
 from bitatlas.app.views.sensitivity_map import MapView
 
-__all__ = ["HEIGHT", "figure"]
+__all__ = ["HEIGHT", "PICKS", "figure"]
 
 HEIGHT = 540
 _WIDTH = 1050  # of the plot on a 1440-pixel screen; only the density of labels depends on it
 _NAMES_UP_TO = 1500
+_DRAG = {"box": "select", "lasso": "lasso", "click": "pan"}
+PICKS = tuple(_DRAG)
 
 
-def figure(view: MapView, palette: Palette, keys: tuple[str, ...], selected: np.ndarray | None = None) -> go.Figure:  # fmt: skip
-    """Draw ``view``; ``keys`` are the unit names for the hover, ``selected`` cell ids to show as selected."""
+def figure(view: MapView, palette: Palette, keys: tuple[str, ...], selected: np.ndarray | None = None, pick: str = "box") -> go.Figure:  # fmt: skip
+    """Draw ``view``.
+
+    Args:
+        view: the map; palette: of the theme; keys: unit names for the hover.
+        selected: ids of the cells to show as selected.
+        pick: ``box``, ``lasso`` or ``click``. Streamlit answers clicks only while dragging pans.
+    """
     fig = go.Figure(layout={"template": template(palette), "height": HEIGHT, "uirevision": "map"})
     two = len(view.panels) > 1
     share = min(0.3, 0.05 + 0.026 * len(view.panels[0].x)) if two else 1.0
@@ -42,7 +50,7 @@ def figure(view: MapView, palette: Palette, keys: tuple[str, ...], selected: np.
         coloraxis={"colorscale": palette.damage, "colorbar": _colorbar(view, palette)},
         hovermode="closest",
         hoverdistance=60,
-        dragmode="select",
+        dragmode=_DRAG[pick],
         margin={"l": 8, "r": 8, "t": 28, "b": 8},
         newselection={"line": {"color": palette.accent, "width": 1.5, "dash": "solid"}},
     )

@@ -46,7 +46,7 @@ def page() -> None:
 
 def _controls(study: Study) -> views.MapControls:
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
-        metric = st.selectbox("Metric", list(study.tables), key="metric", bind="query-params", width=200)
+        metric = st.selectbox("Metric", list(study.tables), key="metric", bind="query-params", width=185)
         formats = study.tables[metric].formats
         chosen, normalise, projection, ordered = NO_FORMAT, "as measured", views.ALL, False
         if formats != (NO_FORMAT,):
@@ -54,17 +54,24 @@ def _controls(study: Study) -> views.MapControls:
             chosen = start
             if len(formats) > 1:
                 chosen = st.select_slider(
-                    "Format", formats, start, key="format", bind="query-params", width=250
+                    "Format", formats, start, key="format", bind="query-params", width=215
                 )
             normalise = st.selectbox(
-                "Show", list(views.NORMALISE), key="show", bind="query-params", width=150
+                "Show", list(views.NORMALISE), key="show", bind="query-params", width=145
             )
         names = views.projections(study)
         if names:
             projection = st.segmented_control(
                 "Expert projection", names, default=views.ALL, required=True, key="projection", bind="query-params"
             ) or views.ALL  # fmt: skip
-            ordered = st.toggle("Worst experts first", key="sorted", bind="query-params")
+            ordered = st.toggle(
+                "Worst first",
+                key="sorted",
+                bind="query-params",
+                help="Sort the experts of each layer by damage",
+            )
+        st.segmented_control("Select by", chart.PICKS, default="box", required=True, key="pick", bind="query-params",
+                             help="Shift adds to the selection. A double click clears it.")  # fmt: skip
     return views.MapControls(metric, chosen, projection, normalise, ordered)
 
 
@@ -76,7 +83,7 @@ def _chart(study: Study, view: views.MapView, controls: views.MapControls) -> No
         st.session_state["_map_shown"] = state.selection()
     shown = st.session_state["_map_shown"]
     cells = view.cells_of(shown) if len(shown) else None
-    fig = chart.figure(view, current_palette(), study.keys, cells)
+    fig = chart.figure(view, current_palette(), study.keys, cells, st.session_state.get("pick") or "box")
     key = "map_chart"
 
     def chosen() -> None:

@@ -1,18 +1,22 @@
-"""Cached access to studies for the pages: shared by all sessions, renewed when the store has something new."""
+"""Cached access to studies for the pages: shared by all sessions, renewed when the results file has changed."""
 
 from __future__ import annotations
+
+import os
 
 import streamlit as st
 
 from bitatlas.app import studies
 from bitatlas.app.studies import Study, StudyInfo
 
-__all__ = ["forget", "get_freshness", "get_study", "get_studies", "the_study"]
+__all__ = ["forget", "get_freshness", "get_studies", "get_study", "the_study"]
+
+_Signature = tuple[tuple[int, int], ...]
 
 
 def get_studies() -> list[StudyInfo]:
-    """The library, at most two seconds old."""
-    return _list(str(studies.home().root))
+    """The library."""
+    return _list(*_key())
 
 
 def get_study(digest: str) -> Study:
@@ -21,8 +25,8 @@ def get_study(digest: str) -> Study:
     Raises:
         UserError: no such model.
     """
-    root = str(studies.home().root)
-    return _load(root, digest, _stamp(root, digest))
+    root, signature = _key()
+    return _load(root, digest, _stamp(root, signature, digest))
 
 
 def the_study() -> Study | None:
@@ -38,12 +42,35 @@ def get_freshness() -> dict[str, str]:
 
 def forget() -> None:
     """Look again now: something was just added."""
+    _signature.clear()
     _list.clear()
     _stamp.clear()
 
 
+def _key() -> tuple[str, _Signature]:
+    root = str(studies.home().root)
+    return root, _signature(root)
+
+
 @st.cache_data(ttl=2, show_spinner=False)
-def _list(root: str) -> list[StudyInfo]:
+def _signature(root: str) -> _Signature:
+    """Size and time of the results file and its log: cheap to read, different after every write.
+
+    Asking the file itself takes a tenth of a second and more, far too long for every turn of a slider. At
+    most every two seconds, so that a running job does not make the pages ask all the time.
+    """
+    found = []
+    for path in (studies.home().db, studies.home().db.with_suffix(".duckdb.wal")):
+        try:
+            status = os.stat(path)
+            found.append((status.st_size, status.st_mtime_ns))
+        except FileNotFoundError:
+            found.append((0, 0))
+    return tuple(found)
+
+
+@st.cache_data(max_entries=2, show_spinner=False)
+def _list(root: str, signature: _Signature) -> list[StudyInfo]:
     return studies.list_studies(studies.open_store())
 
 
@@ -52,8 +79,8 @@ def _fresh(path: str, digest: str, info: StudyInfo) -> str:
     return studies.freshness(info)
 
 
-@st.cache_data(ttl=2, show_spinner=False)
-def _stamp(root: str, digest: str) -> tuple[str, ...]:
+@st.cache_data(max_entries=64, show_spinner=False)
+def _stamp(root: str, signature: _Signature, digest: str) -> tuple[str, ...]:
     return studies.stamp(studies.open_store(), digest)
 
 

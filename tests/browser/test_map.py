@@ -99,3 +99,16 @@ def test_downloads_hold_the_selection(browser):
     with b.page.expect_download() as waiting:
         b.page.locator(".st-key-map_csv button").click()
     assert len(waiting.value.path().read_text().splitlines()) == 5
+
+
+def test_a_click_selects_one_cell_and_shift_adds_one(browser):
+    b = browser()
+    b.goto(f"/map?study={MOE}&pick=click&projection=down")
+    box = b.chart()
+    b.page.mouse.click(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.4)
+    b.page.wait_for_selector(".st-key-clear_selection")
+    assert "1 unit" in b.page.locator(".st-key-frame").inner_text()
+    b.page.keyboard.down("Shift")
+    b.page.mouse.click(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.6)
+    b.page.keyboard.up("Shift")
+    b.page.wait_for_function("document.querySelector('.st-key-frame').innerText.includes('2 units')")
