@@ -24,7 +24,7 @@ from bitatlas.kernels.reference import Quantized
 __all__ = ["PackedMatrix", "pack_quantized", "pack_weight", "packed_tensors"]
 
 _FLOAT = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_BLOCK_WEIGHTS = 1 << 22  # weights that are dequantised at a time: 16 MiB of float32, about a level-2 cache
+_BLOCK_WEIGHTS = 1 << 19  # weights that are dequantised at a time: 2 MiB of float32, a level-2 cache
 _BLOCK_ALIGN = 32  # rows; makes every block of the zero-point stream start at a whole word
 
 

@@ -1,8 +1,8 @@
 """Layers whose weights stay packed: what `load` puts in place of Linear, Conv1D, Embedding and fused experts.
 
-On the CPU the arithmetic is the reference: rows are dequantised in float32, a cache-sized block at a time, cast to the
-input's dtype and multiplied by torch. On a GPU the Triton kernels multiply without dequantising to memory;
-``BITATLAS_KERNELS=torch`` keeps the reference there too.
+The reference dequantises rows in float32, a cache-sized block at a time, casts them to the input's dtype and lets torch
+multiply. Few rows on the CPU go to the compiled product of `kernels.cpu` where there is a compiler, a GPU's to the Triton
+kernels; neither dequantises to memory. ``BITATLAS_KERNELS=torch`` keeps to the reference.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitatlas.kernels import cpu
 from bitatlas.kernels.packed.matrix import PackedMatrix
 
 if TYPE_CHECKING:
@@ -35,9 +36,11 @@ def packed_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -
         from bitatlas.kernels.triton_linear import linear
 
         y = linear(x, matrix)
-        return y if bias is None else y + bias.to(y.dtype)
-    out = [F.linear(x, block) for block in matrix.blocks(x.dtype)]
-    y = out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+    elif cpu.available(x, matrix):
+        y = cpu.linear(x, matrix)
+    else:
+        out = [F.linear(x, block) for block in matrix.blocks(x.dtype)]
+        y = out[0] if len(out) == 1 else torch.cat(out, dim=-1)
     return y if bias is None else y + bias.to(y.dtype)
 
 

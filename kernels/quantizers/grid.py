@@ -21,6 +21,9 @@ __all__ = ["Grid", "finished", "minmax_grid", "round_to", "search_grid"]
 _MIN_SCALE, _MAX_SCALE = 2.0**-24, 65504.0  # float16
 _STEPS = 40
 _LEAST = 0.4  # the smallest range tried, as a share of the largest
+_BLOCK_WEIGHTS = (
+    1 << 18
+)  # searched at a time: the search passes over them hundreds of times, so they stay in cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +91,17 @@ def search_grid(weight: Tensor, fmt: Format, importance: Tensor | None = None) -
         UserError: NaN or Inf, or a pass-through format.
     """
     w = _checked(weight, fmt)
-    g = _groups(w, fmt)
-    rows, cols = w.shape
+    cols = w.shape[1]
     d = torch.ones(1, cols, device=w.device) if importance is None else importance.to(w).reshape(1, -1)
     group = fmt.group_size or cols
     # Columns that only fill a ragged group must not count.
     d = torch.nn.functional.pad(d, (0, -cols % group)).reshape(1, -1, group)
+    found = [_searched(_groups(b, fmt), fmt, d) for b in w.split(max(_BLOCK_WEIGHTS // max(cols, 1), 1))]
+    return Grid(torch.cat([s for s, _ in found]), torch.cat([z for _, z in found]), fmt)
+
+
+def _searched(g: Tensor, fmt: Format, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Best scales and zeros of (rows, groups, group) weights."""
     low, high = g.amin(-1).clamp_max(0), g.amax(-1).clamp_min(0)
     best_scales, best_zeros = _grid(low, high, fmt)
     best = torch.full_like(low, torch.inf)
@@ -106,7 +114,7 @@ def search_grid(weight: Tensor, fmt: Format, importance: Tensor | None = None) -
         best = torch.where(better, error, best)
         best_scales = torch.where(better, scales, best_scales)
         best_zeros = torch.where(better, zeros, best_zeros)
-    return Grid(best_scales, best_zeros, fmt)
+    return best_scales, best_zeros
 
 
 def round_to(weight: Tensor, grid: Grid) -> Quantized:

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitatlas.kernels import cpu
+from bitatlas.kernels.formats import parse_format
+from bitatlas.kernels.packed.matrix import PackedMatrix, pack_weight
+from bitatlas.kernels.packed.modules import PackedLinear
+from bitatlas.kernels.reference import quantize, quantize_dequantize
+
+FORMATS = [
+    f"int{b}-{g}{s}" for b in (2, 3, 4, 5, 6, 8) for g in ("g32", "g128", "channel") for s in ("", "-sym")
+]
+PLAIN = ("-mno-avx512f", "-mno-avx2", "-mno-bmi2", "-mno-f16c")  # what other processors run
+needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")
+
+
+def matrix(weight: torch.Tensor, name: str) -> PackedMatrix:
+    fmt = parse_format(name)
+    return PackedMatrix(fmt, *weight.shape, pack_weight(weight, fmt, quantize))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("flags", [(), PLAIN], ids=["native", "plain"])
+def test_equals_the_reference(name: str, flags: tuple[str, ...]) -> None:
+    library = cpu.library(*flags)
+    if library is None:
+        pytest.skip("these flags are for x86")
+    for rows, cols in ((5, 1), (33, 17), (7, 147), (6, 256)):
+        generator = torch.Generator().manual_seed(cols)
+        weight = torch.randn(rows, cols, generator=generator) * torch.logspace(-6, 2, rows).unsqueeze(1)
+        m, dense = matrix(weight, name), quantize_dequantize(weight, parse_format(name)).double()
+        for count in (1, 2, 3, 8):
+            x = torch.randn(count, cols, generator=generator)
+            got, want = cpu.linear(x, m, library), x.double() @ dense.T
+            size = x.double().abs() @ dense.abs().T + 1e-30  # of the sums that cancel
+            assert ((got - want).abs() / size).max() < 2e-6
+
+
+@needs_compiler
+def test_used_for_few_rows_only_and_keeps_dtype_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = PackedLinear(matrix(torch.randn(40, 64), "int4-g32"), torch.randn(40))
+    used = []
+    linear = cpu.linear
+    monkeypatch.setattr(cpu, "linear", lambda x, m: used.append(tuple(x.shape)) or linear(x, m))
+    for shape in ((64,), (1, 3, 64), (9, 64), (2, 0, 64)):
+        x = torch.randn(*shape)
+        torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias, atol=1e-4, rtol=1e-4)
+    assert used == [(64,), (1, 3, 64)]
+    x = torch.randn(2, 64).bfloat16()
+    assert layer.to(torch.bfloat16)(x).dtype == torch.bfloat16
+    monkeypatch.setenv("BITATLAS_KERNELS", "torch")
+    before = len(used)
+    layer(x)
+    assert len(used) == before
+
+
+def test_gradients_of_the_input_still_flow() -> None:
+    layer = PackedLinear(matrix(torch.randn(40, 64), "int4-g32"))
+    x = torch.randn(2, 64, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, -1))
+
+
+def test_without_a_compiler_the_reference_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu.library.cache_clear()
+    try:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+        layer = PackedLinear(matrix(torch.randn(8, 64), "int3-g64"))
+        x = torch.randn(1, 64)
+        assert cpu.library() is None
+        torch.testing.assert_close(layer(x), x @ layer.weight.T)
+    finally:
+        cpu.library.cache_clear()
+
+
+@needs_compiler
+def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu.library.cache_clear()
+    try:
+        assert cpu.library() is not None
+        folder = tmp_path / "bitatlas" / "kernels"
+        (made,) = folder.iterdir()
+        assert made.suffix == ".so"
+        stamp = os.stat(made).st_mtime_ns
+        cpu.library.cache_clear()
+        assert cpu.library() is not None
+        assert os.stat(made).st_mtime_ns == stamp
+    finally:
+        cpu.library.cache_clear()
