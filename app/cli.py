@@ -123,6 +123,31 @@ def solve(
 
 @app.command()
 @guarded
+def refine(
+    model: Model,
+    allocation: Path,
+    output: Annotated[Path, typer.Option("-o", "--output")],
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text or JSONL file; the demo brings its own.")
+    ] = None,
+    tokens: int = 4096,
+    seq_len: int = 256,
+    rounds: int = 4,
+    seed: int = 77,
+    json_output: Json = False,
+) -> None:
+    """Improve an allocation on the real model, within the same bytes; only what measured KL confirms is kept."""
+    from bitatlas.app import tasks
+
+    result = tasks.refine(
+        model, allocation, calibration=calibration, tokens=tokens, seq_len=seq_len, rounds=rounds, seed=seed, output=output,
+        on_progress=progress_printer(json_output),
+    )  # fmt: skip
+    emit(tasks.describe_allocation(result, output), json_output, "allocation")
+
+
+@app.command()
+@guarded
 def frontier(
     model: Model, metric: Metric = "fisher", solver: Solver = "hull", formats: Formats = DEFAULT_FORMATS,
     pin: Pins = None, target: Target = None, points: int = 64, json_output: Json = False,

@@ -10,6 +10,7 @@ from bitatlas.app.tasks.jobs import jobs_cancel, jobs_list, jobs_logs, jobs_resu
 from bitatlas.app.tasks.listing import formats, metrics, solvers, targets
 from bitatlas.app.tasks.measuring import estimate, measure, parse_settings, submit_measure
 from bitatlas.app.tasks.models import confine, open_index, register, scan
+from bitatlas.app.tasks.refining import refine, submit_refine
 from bitatlas.app.tasks.shipping import check, export, generate, pack, submit_pack
 from bitatlas.app.tasks.solving import (
     build_problem,
@@ -45,12 +46,14 @@ __all__ = [
     "pack",
     "parse_settings",
     "read_allocation",
+    "refine",
     "register",
     "scan",
     "solve",
     "solvers",
     "submit_measure",
     "submit_pack",
+    "submit_refine",
     "submit_verify",
     "targets",
     "verify",
