@@ -44,7 +44,7 @@ def submit_refine(
             found=f"solver {plan.solver}",
             fix="refine one made by `bitatlas solve` on a metric",
         )
-    if settings.get("ties"):
+    if settings.get("target"):
         raise UserError("this allocation was solved under an engine's ties, which refining does not know", fix="refine one solved without --target")
     store.run(run)
     text = calibration_file(index.path, calibration)

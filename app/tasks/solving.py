@@ -153,7 +153,7 @@ def solve_table(
     solution = algorithm.solve(with_probes(problem, table, algorithm), seed=seed)
     provenance = Provenance(
         model_digest=index.digest, model_name=index.name, seed=seed,
-        settings={"run": table.run if table else "", "formats": list(formats), "solver": solver, "ties": len(ties)},
+        settings={"run": table.run if table else "", "formats": list(formats), "solver": solver, "target": limits is not None},
     )  # fmt: skip
     return to_allocation(problem, solution, index, budget=budget, provenance=provenance)
 
