@@ -44,7 +44,7 @@ def _kl_metrics() -> frozenset[str]:
     from bitatlas.analysis.metrics import METRICS
 
     return frozenset(
-        name for m in METRICS.values() if m.ADDITIVE and "nats per token" in m.UNIT for name in m.EMITS
+        name for m in METRICS.values() if m.ADDITIVE and m.UNIT.startswith("nats") for name in m.EMITS
     )
 
 

@@ -45,7 +45,10 @@ def submit_refine(
             fix="refine one made by `bitatlas solve` on a metric",
         )
     if settings.get("target"):
-        raise UserError("this allocation was solved under an engine's ties, which refining does not know", fix="refine one solved without --target")
+        raise UserError(
+            "this allocation was solved under an engine's ties, which refining does not know",
+            fix="refine one solved without --target",
+        )
     store.run(run)
     text = calibration_file(index.path, calibration)
     if text is None:
