@@ -114,7 +114,9 @@ def ribbon(jobs: Iterable[JobView]) -> str:
     first = min(active, key=lambda j: order.index(j.state))
     more = f" · {len(active) - 1} more" if len(active) > 1 else ""
     facts = first.eta or ("waiting" if first.state == "queued" else first.state if first.state != "running" else first.steps)  # fmt: skip
-    return f"{first.name} · {first.fraction:.0%} · {facts}{more}"
+    return (
+        f"{first.fraction:.0%} · {facts}{more} · {first.name}"  # the name may be cut off, the numbers may not
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

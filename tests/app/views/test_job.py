@@ -64,7 +64,7 @@ def test_done_says_how_long_it_took():
 
 def test_ribbon_prefers_what_runs():
     jobs = [job_view(_status(id="a", state="queued")), job_view(_status(id="b", done=1, total=4, eta_s=(60.0, 120.0))), job_view(_status(id="c", state="done"))]  # fmt: skip
-    assert ribbon(jobs) == "hawq_trace on smollm2 · 25% · 1 to 2 min left · 1 more"
+    assert ribbon(jobs) == "25% · 1 to 2 min left · 1 more · hawq_trace on smollm2"
     assert ribbon(jobs[2:]) == ""
 
 
