@@ -45,7 +45,7 @@ def page() -> None:
 
 
 def _controls(study: Study) -> views.MapControls:
-    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         metric = st.selectbox("Metric", list(study.tables), key="metric", bind="query-params", width=185)
         formats = study.tables[metric].formats
         chosen, normalise, projection, ordered = NO_FORMAT, "as measured", views.ALL, False
