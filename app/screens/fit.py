@@ -15,7 +15,7 @@ from bitatlas.app.views import fit_controls as controls
 from bitatlas.app.widgets import fit_cache
 from bitatlas.app.widgets.boxes import empty_state, error_box
 from bitatlas.app.widgets.data import the_study
-from bitatlas.app.widgets.frame import title
+from bitatlas.app.widgets.frame import show_budget, title
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.twin import cli_twin, downloads
 
@@ -150,6 +150,7 @@ def _answer(study: Study, asked: controls.Asked, head: st.delta_generator.DeltaG
         error_box(problem_with_it)
     if view is not None:
         state.set_budget(asked.total_bytes - _free(view), asked.total_bytes)
+        show_budget()
         st.plotly_chart(
             charts.memory_bar(view, palette),
             key="memory_bar",

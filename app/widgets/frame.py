@@ -35,6 +35,11 @@ def title(answer: str, detail: str = "") -> None:
         st.caption(_plain(detail))
 
 
+def show_budget() -> None:
+    """Fill the budget chip of the frame with the budget as it is now."""
+    st.session_state["_budget_slot"].markdown(budget_chip(state.budget()))
+
+
 def _plain(text: str) -> str:
     """Names have underscores and brackets; they are not markup."""
     return text.translate({ord(c): "\\" + c for c in "\\`*_[]<>#~$:"})
@@ -47,7 +52,9 @@ def draw_frame() -> None:
         state.restore(digest)
         study = the_study()
         problem = state.sync(study)
-        st.markdown(budget_chip(state.budget()))
+        # Pages below may change the budget in the same run; they fill the slot again through `show_budget`.
+        st.session_state["_budget_slot"] = st.empty()
+        show_budget()
         with st.container(horizontal=True, vertical_alignment="center", width="content", gap="small"):
             chosen = state.selection()
             st.markdown(selection_chip(len(chosen)))
