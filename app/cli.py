@@ -306,6 +306,15 @@ def doctor(json_output: Json = False) -> None:
 
 @app.command()
 @guarded
+def rebuild(json_output: Json = False) -> None:
+    """Make the results file again from the Parquet copies of finished results; the old file is moved aside."""
+    from bitatlas.app import tasks
+
+    emit(tasks.rebuild(), json_output, "job")
+
+
+@app.command()
+@guarded
 def serve(
     model: Annotated[str | None, typer.Argument(help="Open on this checkpoint instead of the demo.")] = None,
     port: int = 8501,

@@ -6,7 +6,7 @@ allocation = tasks.solve("demo", metric="fisher", bits=3.5)
 """
 
 from bitatlas.app.tasks.demo import demo, demo_path
-from bitatlas.app.tasks.jobs import jobs_cancel, jobs_list, jobs_logs, jobs_resume, jobs_show
+from bitatlas.app.tasks.jobs import jobs_cancel, jobs_list, jobs_logs, jobs_resume, jobs_show, rebuild
 from bitatlas.app.tasks.listing import formats, metrics, solvers, targets
 from bitatlas.app.tasks.measuring import estimate, measure, parse_settings, submit_measure
 from bitatlas.app.tasks.models import confine, open_index, register, scan
@@ -46,6 +46,7 @@ __all__ = [
     "pack",
     "parse_settings",
     "read_allocation",
+    "rebuild",
     "refine",
     "register",
     "scan",

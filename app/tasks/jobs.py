@@ -18,6 +18,7 @@ __all__ = [
     "jobs_logs",
     "jobs_resume",
     "jobs_show",
+    "rebuild",
     "status_dict",
     "submit_and_wait",
 ]
@@ -60,6 +61,17 @@ def raise_job_error(status: JobStatus) -> None:
         words = status.user_error
         raise UserError(words["error"], found=words.get("found", ""), fix=words.get("fix", ""))
     raise RuntimeError(f"job {status.id} failed: {status.error}; see `bitatlas jobs logs {status.id}`")
+
+
+def rebuild() -> dict[str, Any]:
+    """Make the results file again from the copies of finished results; what had to be set aside so far is listed."""
+    from bitatlas.cache.store import Store
+    from bitatlas.cache.store import rebuild as remake
+
+    home = Home.default()
+    remake(home)
+    store = Store(home)
+    return {"models": len(store.models()), "runs": len(store.runs()), "repairs": store.repairs()}
 
 
 def jobs_list() -> list[dict[str, Any]]:

@@ -190,3 +190,16 @@ def test_estimate_names_a_cost_for_every_metric(cli: Cli, model: Path):
     rows = cli("estimate", model, "--metric", "all", "--tokens", 512, "--seq-len", 32)
     assert len(rows) >= 6
     assert all(r["seconds"] > 0 for r in rows)
+
+
+def test_the_results_file_can_be_made_again(path: dict[str, Any], cli: Cli, model: Path, home: Path):
+    from bitatlas.cache.paths import Home
+    from bitatlas.cache.store import Store
+
+    run = path["measured"]["result"]["runs"]["fisher_projection"]
+    before = Store(Home.default()).rows(run)
+    Home.default().db.unlink()
+    made = cli("rebuild")
+    assert made["models"] >= 1
+    assert made["runs"] >= 2
+    assert sorted(map(repr, Store(Home.default()).rows(run))) == sorted(map(repr, before))
