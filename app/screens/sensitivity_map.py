@@ -133,10 +133,13 @@ def _pin() -> None:
 
 
 def _units(study: Study, view: views.MapView, controls: views.MapControls) -> None:
-    def whole() -> unit_table.UnitTable:
-        return unit_table.build(study, view, controls, state.selection(), state.pins())
+    # A download is made when its button is pressed, outside the session: what it needs is taken along now.
+    chosen, pins = state.selection(), state.pins()
 
-    table = unit_table.build(study, view, controls, state.selection(), state.pins(), _ROWS)
+    def whole() -> unit_table.UnitTable:
+        return unit_table.build(study, view, controls, chosen, pins)
+
+    table = unit_table.build(study, view, controls, chosen, pins, _ROWS)
     frame = pd.DataFrame(dict(table.columns))
     with st.container(horizontal=True, vertical_alignment="center"):
         st.markdown(f"#### {table.title}")

@@ -88,7 +88,7 @@ def no_config(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "word"),
-    [(truncate, ""), (header_bomb, "header"), (overlap, "overlap"), (outside, "outside"), (missing_shard, "model-00009"),
+    [(truncate, ""), (header_bomb, "header"), (overlap, "overlap"), (outside, "not a plain file name"), (missing_shard, "model-00009"),
      (pickle_only, "pickle"), (no_config, "config.json")],
     ids=lambda f: getattr(f, "__name__", ""),
 )  # fmt: skip
