@@ -168,7 +168,12 @@ def _words(study: Study, table: SensitivityTable, controls: MapControls, m: Meas
         facts.append("the same for every format")
         return f"{study.keys[worst]} has the largest value, {m.value[worst]:.3g}", " · ".join(facts)
     below = int((m.raw[known] <= table.floor).sum())
-    facts.append(f"{below:,} at or below the noise floor of {table.floor:.1e}" if table.floor > 0 else "exact, no noise floor")  # fmt: skip
+    if table.floor > 0:
+        facts.append(f"{below:,} at or below the noise floor of {table.floor:.1e}")
+    else:
+        # Without a floor a value is exact only when it has no standard error either.
+        spread = np.isfinite(table.stderr).any()
+        facts.append("an estimate: the hover gives its standard error" if spread else "exact, no noise floor")
     layer = study.columns.layer
     inside = known & (layer >= 0)
     share = np.bincount(layer[inside], np.maximum(m.raw[inside], 0), study.index.n_layers)
