@@ -59,7 +59,7 @@ class OperatingPoint:
         tokens: np.ndarray,
         batch: int = 2,
     ) -> None:
-        self._loaded, self._units, self._formats = loaded, tuple(units), tuple(formats)
+        self.loaded, self._units, self._formats = loaded, tuple(units), tuple(formats)
         self._batches = [
             torch.from_numpy(np.ascontiguousarray(tokens[i : i + batch]))
             for i in range(0, len(tokens), batch)
@@ -71,8 +71,7 @@ class OperatingPoint:
     def weights(self, formats: Mapping[str, str]) -> dict[str, Tensor]:
         """Quantised weights of an allocation, (rows, cols) float32 each."""
         return {
-            u: quantize_dequantize(self._loaded.handle(u).get(), parse_format(formats[u]))
-            for u in self._units
+            u: quantize_dequantize(self.loaded.handle(u).get(), parse_format(formats[u])) for u in self._units
         }
 
     @torch.no_grad()
@@ -80,9 +79,9 @@ class OperatingPoint:
         """KL(original || allocation), nats per token."""
         weights, total = self.weights(formats), 0.0
         for ids in self._batches:
-            original = self._loaded.logits(ids)
-            with self._loaded.swapped(weights):
-                total += float(token_kl(original, self._loaded.logits(ids)).mean()) * len(ids)
+            original = self.loaded.logits(ids)
+            with self.loaded.swapped(weights):
+                total += float(token_kl(original, self.loaded.logits(ids)).mean()) * len(ids)
             self.forward_tokens += 2 * ids.numel()
         return total / self._sequences
 
@@ -92,22 +91,22 @@ class OperatingPoint:
         column = {f.name: j for j, f in enumerate(self._formats)}
         shape = (len(self._units), len(self._formats))
         first, squared = np.full(shape, np.inf), np.full(shape, np.inf)
-        originals = {u: self._loaded.handle(u).get().detach().clone() for u in self._units}
+        originals = {u: self.loaded.handle(u).get().detach().clone() for u in self._units}
         total = 0.0
         # What is swapped in gets the gradients, so the exchange comes first.
-        with self._loaded.swapped(now), self._loaded.requires_grad(self._units):
+        with self.loaded.swapped(now), self.loaded.requires_grad(self._units):
             for ids in self._batches:
-                with torch.no_grad(), self._loaded.swapped(originals):
-                    target = torch.log_softmax(self._loaded.logits(ids), -1)
+                with torch.no_grad(), self.loaded.swapped(originals):
+                    target = torch.log_softmax(self.loaded.logits(ids), -1)
                 with torch.enable_grad():
-                    found = torch.log_softmax(self._loaded.logits(ids), -1)
+                    found = torch.log_softmax(self.loaded.logits(ids), -1)
                     loss = (target.exp() * (target - found)).sum(-1).mean() * (len(ids) / self._sequences)
                     loss.backward()
                 total += float(loss.detach())
                 self.forward_tokens += 2 * ids.numel()
                 self.backward_tokens += ids.numel()
             for i, u in enumerate(self._units):
-                gradient, here = self._loaded.handle(u).grad(), column[formats[u]]
+                gradient, here = self.loaded.handle(u).grad(), column[formats[u]]
                 for j, fmt in enumerate(self._formats):
                     if abs(j - here) > reach:
                         continue

@@ -14,6 +14,7 @@ from bitatlas.app.tasks.models import register
 __all__ = [
     "calibration_file",
     "estimate",
+    "file_digest",
     "measure",
     "measure_params",
     "metric_names",
@@ -120,7 +121,7 @@ def measure_params(
         "metrics": list(names),
         "formats": sorted(f.name for f in expand_formats(formats)),
         "calibration": str(text) if text and needy else "",
-        "calibration_sha": _file_digest(text) if text and needy else "",
+        "calibration_sha": file_digest(text) if text and needy else "",
         "tokens": tokens if needy else 0,
         "seq_len": seq_len if needy else 0,
         "seed": seed,
@@ -128,7 +129,8 @@ def measure_params(
     }
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """First 20 hex digits of the SHA-256 of a text: part of the request, so that another text is another job."""
     import hashlib
 
     with path.open("rb") as handle:
@@ -206,15 +208,15 @@ def estimate(
     seq_len: int = 128,
 ) -> list[dict[str, Any]]:
     """What a measurement would take, metric by metric; nothing is loaded."""
+    from bitatlas.analysis import cost as costs
     from bitatlas.analysis.measure import MeasureContext
     from bitatlas.analysis.metrics import get_metric
-    from bitatlas.app.speed import seconds_of
 
     index = register(model)
     ctx = MeasureContext(index, expand_formats(formats), tokens=tokens, seq_len=seq_len)
     rows = []
     for name in metric_names(metric):
-        cost = get_metric(name).cost(ctx)
+        cost = costs.estimate(get_metric(name), ctx)
         rows.append({"metric": name, "steps": cost.steps, "bytes_read": cost.bytes_read, "forward_tokens": cost.forward_tokens,
-                     "backward_tokens": cost.backward_tokens, "seconds": seconds_of(cost, index)})  # fmt: skip
+                     "backward_tokens": cost.backward_tokens, "seconds": cost.seconds})  # fmt: skip
     return rows

@@ -8,7 +8,7 @@ from typing import Any
 
 from bitatlas.analysis.schema import Allocation, UserError
 from bitatlas.app.tasks.jobs import submit, submit_and_wait
-from bitatlas.app.tasks.measuring import _file_digest, calibration_file
+from bitatlas.app.tasks.measuring import calibration_file, file_digest
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.solving import read_allocation
 from bitatlas.cache.paths import Home, atomic_write
@@ -55,7 +55,7 @@ def submit_refine(
         raise UserError("refining needs a calibration text", found="none was named", fix="--calibration FILE")
     params = {
         "model": index.path, "digest": index.digest, "allocation": store.put_allocation(plan), "run": run, "formats": list(formats),
-        "calibration": str(text), "calibration_sha": _file_digest(text), "tokens": tokens, "seq_len": seq_len, "rounds": rounds, "seed": seed,
+        "calibration": str(text), "calibration_sha": file_digest(text), "tokens": tokens, "seq_len": seq_len, "rounds": rounds, "seed": seed,
     }  # fmt: skip
     return submit("refine", params, f"refine {index.name} at {plan.bits_per_weight:.2f} bits")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bitatlas.analysis.schema import Allocation, UserError
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
-from bitatlas.app.tasks.measuring import _file_digest, calibration_file
+from bitatlas.app.tasks.measuring import calibration_file, file_digest
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.solving import read_allocation
 from bitatlas.cache.paths import Home
@@ -53,7 +53,7 @@ def submit_verify(
         )
     params = {
         "model": index.path, "digest": index.digest, "allocations": list(dict.fromkeys(ids)), "text": str(file),
-        "text_sha": _file_digest(file), "tokens": tokens, "seq_len": seq_len, "seed": seed,
+        "text_sha": file_digest(file), "tokens": tokens, "seq_len": seq_len, "seed": seed,
     }  # fmt: skip
     return submit("verify", params, f"verify {len(set(ids))} allocation(s) of {index.name}")
 

@@ -1,14 +1,16 @@
-"""A checkpoint that can be loaded: a GGUF file becomes a safetensors folder in the data folder, once."""
+"""A job's checkpoint: still the one that was asked for, and one that can be loaded (GGUF is imported once)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from bitatlas.analysis.schema import ModelIndex
+from bitatlas.analysis.schema import ModelIndex, UserError
 from bitatlas.cache.paths import Home
 
-__all__ = ["loadable"]
+__all__ = ["loadable", "unchanged"]
 
 
 def loadable(index: ModelIndex, home: Home) -> ModelIndex:
@@ -23,3 +25,21 @@ def loadable(index: ModelIndex, home: Home) -> ModelIndex:
         import_gguf(index.path, folder)
     # Everything that is kept names the model by the file that the person named.
     return replace(index_model(folder), digest=index.digest, name=index.name)
+
+
+def unchanged(params: Mapping[str, Any]) -> ModelIndex:
+    """The index of a job's model (``model``, ``digest``).
+
+    Raises:
+        UserError: the checkpoint is not the one that the job was submitted for.
+    """
+    from bitatlas.analysis.model_index import index_model
+
+    index = index_model(params["model"])
+    if index.digest != params["digest"]:
+        raise UserError(
+            "the checkpoint changed since this job was submitted",
+            found=f"digest {index.digest[:12]}, the job is for {params['digest'][:12]}",
+            fix="submit it again, for the checkpoint as it is now",
+        )
+    return index

@@ -11,10 +11,9 @@ from typing import Any
 from bitatlas.analysis.measure import MeasureContext, finish_metric, run_step
 from bitatlas.analysis.metrics import get_metric
 from bitatlas.analysis.metrics.base import Metric
-from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.schema import DamageRow, Provenance, UserError, parse_format
+from bitatlas.analysis.schema import DamageRow, Provenance, parse_format
 from bitatlas.app.jobs.work import Work
-from bitatlas.app.work.checkpoint import loadable
+from bitatlas.app.work.checkpoint import loadable, unchanged
 from bitatlas.cache.keys import run_key
 from bitatlas.cache.paths import Home
 from bitatlas.cache.store import Store
@@ -42,13 +41,7 @@ class MeasureWork(Work):
             UserError: the checkpoint changed since the job was asked for.
         """
         p = self.params
-        index = index_model(p["model"])
-        if index.digest != p["digest"]:
-            raise UserError(
-                "the checkpoint changed since this job was submitted",
-                found=f"digest {index.digest[:12]}, the job is for {p['digest'][:12]}",
-                fix="start a new measurement",
-            )
+        index = unchanged(self.params)
         return MeasureContext(
             loadable(index, self.home),
             [parse_format(f) for f in p["formats"]],

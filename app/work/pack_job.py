@@ -6,10 +6,8 @@ from functools import cached_property
 from typing import Any
 
 from bitatlas.analysis.calibration import load_tokenizer, make_calibration
-from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.schema import UserError
 from bitatlas.app.jobs.work import Work
-from bitatlas.app.work.checkpoint import loadable
+from bitatlas.app.work.checkpoint import loadable, unchanged
 from bitatlas.app.work.pack import Packer
 from bitatlas.cache.store import Store
 
@@ -25,13 +23,7 @@ class PackWork(Work):
     def packer(self) -> Packer:
         """Opened once per engine; refuses a checkpoint that changed since the job was asked for."""
         p = self.params
-        index = index_model(p["model"])
-        if index.digest != p["digest"]:
-            raise UserError(
-                "the checkpoint changed since this job was submitted",
-                found=f"digest {index.digest[:12]}, the job is for {p['digest'][:12]}",
-                fix="solve and pack again",
-            )
+        index = unchanged(self.params)
         allocation = Store(self.home).allocation(p["allocation"])
         source = loadable(index, self.home)
         calibration = None

@@ -16,14 +16,14 @@ import numpy as np
 
 from bitatlas.analysis.calibration import load_tokenizer, make_calibration
 from bitatlas.analysis.loaded import LoadedModel
-from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.operating_point import OperatingPoint
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError, parse_format
 from bitatlas.app.jobs.work import Work
-from bitatlas.app.work.checkpoint import loadable
+from bitatlas.app.work.checkpoint import loadable, unchanged
 from bitatlas.cache.keys import digest
 from bitatlas.cache.paths import atomic_write
 from bitatlas.cache.store import Store
+from bitatlas.kernels.reference import quantize_dequantize
 from bitatlas.solvers import Problem, certify, choice_of, get_solver
 
 __all__ = ["RefineWork"]
@@ -40,10 +40,7 @@ class RefineWork(Work):
     @cached_property
     def index(self) -> ModelIndex:
         """The model, unchanged since the job was asked for."""
-        index = index_model(self.params["model"])
-        if index.digest != self.params["digest"]:
-            raise UserError("the checkpoint changed since this job was submitted", fix="submit it again")
-        return index
+        return unchanged(self.params)
 
     @cached_property
     def start(self) -> Allocation:
@@ -145,7 +142,7 @@ class RefineWork(Work):
         now = np.array(state["choice"])
         slopes = learner.slopes(self._named(now))
         # Squared distance to damage: the metric's own isotropic curvature, unit by unit.
-        curvature = self._curvature()[:, None] * np.where(np.isfinite(slopes.squared), slopes.squared, 0.0)
+        curvature = self._curvature[:, None] * np.where(np.isfinite(slopes.squared), slopes.squared, 0.0)
         step, tried = float(state["step"]), []
         for _ in range(_TRIES):
             other = self._solve(slopes.first + step * curvature)
@@ -160,20 +157,17 @@ class RefineWork(Work):
             step *= _STEP**1.5
         return {**state, "changed": 0, "step": step, "done": bool(tried)}
 
+    @cached_property
     def _curvature(self) -> np.ndarray:
         """(U,) damage per squared error, from the table's formats: ½ tr F / n where the metric is a KL."""
-        from bitatlas.kernels.reference import quantize_dequantize
-
-        if not hasattr(self, "_per_square"):
-            loaded, values = self.points[0]._loaded, []
-            column = int(np.argsort(np.nansum(self.problem.damage, 0))[len(self.problem.formats) // 2])
-            fmt = parse_format(self.problem.formats[column])
-            for i, u in enumerate(self.problem.units):
-                weight = loaded.handle(u).get()
-                error = float((quantize_dequantize(weight, fmt) - weight).pow(2).sum())
-                values.append(self.problem.damage[i, column] / error if error > 0 else 0.0)
-            self._per_square = np.nan_to_num(np.array(values))
-        return self._per_square
+        loaded, values = self.points[0].loaded, []
+        column = int(np.argsort(np.nansum(self.problem.damage, 0))[len(self.problem.formats) // 2])
+        fmt = parse_format(self.problem.formats[column])
+        for i, u in enumerate(self.problem.units):
+            weight = loaded.handle(u).get()
+            error = float((quantize_dequantize(weight, fmt) - weight).pow(2).sum())
+            values.append(self.problem.damage[i, column] / error if error > 0 else 0.0)
+        return np.nan_to_num(np.array(values))
 
     def _solve(self, change: np.ndarray) -> np.ndarray:
         """The exact best set of changes within the budget, under the pins and ties of the problem."""

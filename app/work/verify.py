@@ -7,11 +7,10 @@ from typing import Any
 
 from bitatlas.analysis.calibration import CalibrationSet, load_tokenizer, make_calibration
 from bitatlas.analysis.loaded import LoadedModel
-from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
+from bitatlas.analysis.schema import Allocation, ModelIndex
 from bitatlas.analysis.verify import Verifier
 from bitatlas.app.jobs.work import Work
-from bitatlas.app.work.checkpoint import loadable
+from bitatlas.app.work.checkpoint import loadable, unchanged
 from bitatlas.app.work.parts import load_part, save_part
 from bitatlas.cache.keys import digest
 from bitatlas.cache.store import Store
@@ -31,10 +30,7 @@ class VerifyWork(Work):
         Raises:
             UserError: the checkpoint changed since.
         """
-        index = index_model(self.params["model"])
-        if index.digest != self.params["digest"]:
-            raise UserError("the checkpoint changed since this job was submitted", fix="submit it again")
-        return index
+        return unchanged(self.params)
 
     @cached_property
     def allocations(self) -> dict[str, Allocation]:

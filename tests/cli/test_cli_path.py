@@ -192,6 +192,33 @@ def test_estimate_names_a_cost_for_every_metric(cli: Cli, model: Path):
     assert all(r["seconds"] > 0 for r in rows)
 
 
+def test_refining_keeps_the_budget_and_never_gets_worse_where_it_judges(
+    path: dict[str, Any], cli: Cli, model: Path, text: Path
+):
+    out = path["folder"] / "refined.json"
+    cli(
+        "refine",
+        model,
+        path["folder"] / "plan.json",
+        "-o",
+        out,
+        "--calibration",
+        text,
+        "--tokens",
+        256,
+        "--seq-len",
+        32,
+        "--rounds",
+        2,
+    )
+    refined, plan = Allocation.from_json(out.read_text()), path["plan"]
+    limit = plan.budget.weights_bytes - plan.kept_bytes
+    assert set(refined.formats) == set(plan.formats)
+    assert refined.payload_bytes <= limit
+    told = refined.provenance.settings["refined"]
+    assert told["kl"] == refined.predicted <= told["kl_before"]
+
+
 def test_the_results_file_can_be_made_again(path: dict[str, Any], cli: Cli, model: Path, home: Path):
     from bitatlas.cache.paths import Home
     from bitatlas.cache.store import Store
