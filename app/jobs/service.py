@@ -35,14 +35,14 @@ __all__ = ["JobRequest", "JobStatus", "Jobs"]
 _LOG_TAIL_BYTES = 1 << 20
 _MAX_STARTS = 5
 
-# A worker needs a moment until it holds its lock; meanwhile nobody here starts another one.
-_START_S = 3.0
-
 # A running job that is silent for so long on a disk with so little left could not even write that it failed.
 _SILENT_S = 5.0
 _LITTLE_BYTES = 1 << 20
 
-_started: dict[str, float] = {}
+# A worker needs a moment until it holds its lock; meanwhile, unless it dies, nobody here starts another one.
+_START_S = 10.0
+
+_started: dict[str, tuple[float, subprocess.Popen[bytes]]] = {}
 _clients: dict[str, Any] = {}
 _clients_guard = threading.Lock()
 
@@ -199,7 +199,10 @@ class Jobs:
 
     def start_worker_if_needed(self) -> bool:
         """Start a worker if there are jobs to run and none lives; True when one was started."""
-        if time.monotonic() - _started.get(str(self.home.root), -_START_S) < _START_S or self.worker_alive():
+        began, worker = _started.get(str(self.home.root), (0.0, None))
+        if worker is not None and worker.poll() is None and time.monotonic() - began < _START_S:
+            return False
+        if self.worker_alive():
             return False
         with self._client() as client:
             waiting = client.list_workflows(
@@ -213,10 +216,9 @@ class Jobs:
             return False
         command = [sys.executable, "-m", "bitatlas.app.worker", "--home", str(self.home.root),
                    "--idle-minutes", str(self.idle_minutes)]  # fmt: skip
-        _started[str(self.home.root)] = time.monotonic()
         with open(self.home.logs("worker"), "ab") as log:
             # A session of its own: a closed terminal or a stopped dashboard does not reach it.
-            subprocess.Popen(
+            worker = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -224,6 +226,7 @@ class Jobs:
                 start_new_session=True,
                 close_fds=True,
             )
+        _started[str(self.home.root)] = (time.monotonic(), worker)
         return True
 
     def worker_log(self, tail: int = 30) -> str:
