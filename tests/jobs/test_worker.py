@@ -54,6 +54,7 @@ def test_terminated_worker_leaves_a_job_that_goes_on(bench):
 def test_a_worker_that_dies_at_its_start_is_replaced_at_once(bench):
     job = bench.jobs.submit(bench.toy(steps=2))
     assert not bench.jobs.start_worker_if_needed()  # one is on its way
+    bench.until(bench.workers, 10, "a process")
     assert bench.kill_workers() == 1
     assert bench.jobs.start_worker_if_needed()
     assert bench.jobs.wait(job, timeout_s=60).state == "done"
