@@ -11,6 +11,7 @@ from bitatlas.analysis.metrics.alphaq import AlphaQ
 from bitatlas.analysis.metrics.awq_stats import AwqStats
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
 from bitatlas.analysis.metrics.fisher_projection import FisherProjection
+from bitatlas.analysis.metrics.hawq_eigenvalue import HawqEigenvalue
 from bitatlas.analysis.metrics.hawq_trace import HawqTrace
 from bitatlas.analysis.metrics.kl_flip import KlFlip
 from bitatlas.analysis.metrics.lim import Lim
@@ -27,6 +28,7 @@ _TABLE: tuple[type[Metric], ...] = (
     FisherProjection,
     KlFlip,
     HawqTrace,
+    HawqEigenvalue,
     WeightError,
     ActivationError,
     AwqStats,

@@ -9,8 +9,9 @@ from conformance_metric import Case, MetricConformance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitatlas.analysis.calibration import CalibrationSet
+from bitatlas.analysis.hessian import curvature
 from bitatlas.analysis.measure import MeasureContext, run_metric
-from bitatlas.analysis.metrics.hawq_trace import HawqTrace
+from bitatlas.analysis.metrics.hawq_trace import HawqTrace, controlled_mean
 from bitatlas.analysis.model_index import index_model
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import expand_formats
@@ -54,9 +55,11 @@ def exact(folder):
     return out
 
 
-@pytest.mark.parametrize("group", ["layer", "unit"])
-def test_trace_equals_the_exact_hessian(folder, exact, tmp_path, group):
-    ctx = context(folder, probe_group=group)
+@pytest.mark.parametrize(
+    ("group", "control"), [("layer", "none"), ("unit", "none"), (2, "none"), ("layer", "fisher")]
+)
+def test_trace_equals_the_exact_hessian(folder, exact, tmp_path, group, control):
+    ctx = context(folder, probe_group=group, control=control, max_probes=20 if group == "unit" else 80)
     rows = {(r.metric, r.unit, r.format): r for r in run_metric(HawqTrace(), ctx, tmp_path)}
     for unit in ctx.index.units:
         trace = rows["hessian_trace", unit.key, "-"]
@@ -96,9 +99,79 @@ def test_an_expert_without_tokens_is_unknown(folder, tmp_path):
             assert r.count == 0
 
 
-def test_an_unknown_group_is_refused(folder):
+@pytest.mark.parametrize("group", ["all", 1, 0, True])
+def test_an_unknown_group_is_refused(folder, group):
     with pytest.raises(UserError, match="probe group"):
-        HawqTrace().plan(context(folder, probe_group="all"))
+        HawqTrace().plan(context(folder, probe_group=group))
+
+
+def test_a_number_puts_every_nth_layer_into_a_probe(folder):
+    plan = HawqTrace().plan(context(folder, probe_group=2))
+    assert "layers 0 mod 2" in plan
+    assert "layers 1 mod 2" in plan
+    assert len(plan) == 2 + sum(u.layer < 0 for u in context(folder).index.units)
+
+
+def test_the_control_is_the_gauss_newton_of_the_same_text(folder):
+    """G v by double backward against J from a loop over the logits; its traces against the diagonal of G."""
+    ctx = context(folder)
+    loaded, key = ctx.loaded, ctx.index.units[2].key
+    ids = torch.from_numpy(ctx.calibration.tokens[:1])
+    with curvature(loaded, [key], ids) as c:
+        logits = c._logits
+        rows = [
+            torch.autograd.grad(x, loaded.handle(key).param, retain_graph=True)[0].flatten()
+            for x in logits.flatten()
+        ]
+        j = torch.stack(rows).reshape(*logits.shape, -1).double()  # (N, V, n)
+        p = torch.softmax(logits.detach().double(), -1)
+        cov = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        g = torch.einsum("tvi,tvw,twj->ij", j, cov, j) / len(p)
+        v = torch.randn(loaded.handle(key).param.shape, generator=torch.Generator().manual_seed(0))
+        got = c.gauss_newton([v])[0].flatten().double()
+        torch.testing.assert_close(got, g @ v.flatten().double(), rtol=1e-4, atol=1e-7)
+        generator = torch.Generator().manual_seed(1)
+        draws = np.array([c.fisher_traces(generator)[0] for _ in range(200)])
+    assert abs(draws.mean() - float(g.trace())) <= 5 * draws.std(ddof=1) / 200**0.5
+
+
+def test_a_control_variate_lowers_the_error_and_never_biases():
+    rng = np.random.default_rng(0)
+    got, plain = [], []
+    for _ in range(300):
+        common = rng.normal(size=16)
+        samples = np.stack([3 + common + 0.3 * rng.normal(size=16), 1 + common], 1)
+        value, error = controlled_mean(samples, 1 + 0.1 * rng.normal(size=16))
+        got.append((value, error))
+        plain.append(samples[:, 0].mean())
+    values, errors = np.array(got).T
+    assert abs(values.mean() - 3) < 4 * values.std() / 300**0.5
+    assert values.std() < 0.5 * np.std(plain)
+    assert 0.7 < errors.mean() / values.std() < 1.3
+    # A control that has nothing to do with it is left out.
+    alone = rng.normal(size=(16, 2))
+    assert controlled_mean(alone, np.array([5.0, -5.0]))[0] == pytest.approx(alone[:, 0].mean())
+
+
+def test_batches_give_mean_and_spread(folder, tmp_path):
+    """Q-BERT: the damage uses mean + spread over batches; three batches of one sequence each."""
+    settings = {"trace_tokens": 6, "max_probes": 8, "hessian_batches": 3}
+    tables = []
+    for spread in (0.0, 1.0):
+        ctx = context(folder, hessian_spread=spread, **settings)
+        rows = run_metric(HawqTrace(), ctx, tmp_path / str(spread))
+        tables.append({(r.metric, r.unit, r.format): r for r in rows})
+    unit = ctx.index.units[2]
+    trace = tables[0]["hessian_trace", unit.key, "-"]
+    assert trace == tables[1]["hessian_trace", unit.key, "-"]
+    assert trace.count == 24
+    error_sq = float((ctx.candidate(unit, ctx.formats[0]) - ctx.weight(unit)).double().square().sum())
+    for spread, table in zip((0.0, 1.0), tables):
+        level = max(trace.value, 0) + spread * trace.stderr * 3**0.5
+        got = table["hawq_trace", unit.key, ctx.formats[0].name].value
+        assert got == pytest.approx(0.5 * level / unit.params * error_sq, rel=1e-4)
+    with pytest.raises(UserError, match="batches"):
+        run_metric(HawqTrace(), context(folder, trace_tokens=12, hessian_batches=3), tmp_path / "many")
 
 
 class TestConformance(MetricConformance):
