@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bitatlas.analysis.loaded import LoadedModel
-    from bitatlas.analysis.metrics.base import Metric
+    from bitatlas.analysis.metrics.base import Metric, StepResult
     from bitatlas.analysis.weights import WeightReader
 
 __all__ = [
@@ -42,9 +42,14 @@ __all__ = [
     "part_path",
     "run_metric",
     "run_step",
+    "save_step",
+    "step_saved",
 ]
 
 _ROWS = "__rows__"
+_WHOLE = 1 << 24  # weights of a unit that is held whole: 64 MiB of float32
+_BLOCK = 1 << 22  # weights of a huge unit that are held at a time
+_ALIGN = 128
 
 
 class MeasureContext:
@@ -96,6 +101,7 @@ class MeasureContext:
         self._given = {k: v for k, v in ready.items() if v is not None}
         self.__dict__.update(self._given)
         self._last: tuple[str, Tensor] | None = None
+        self._shared: tuple[str, dict[str, Any]] = "", {}
         # Room for what steps of one process may share to save work; results never hang on it.
         self.scratch: dict[str, Any] = {}
 
@@ -155,6 +161,40 @@ class MeasureContext:
             self._last = unit.key, self.reader.get(unit)
         return self._last[1]
 
+    def blocks(self, unit: QuantUnit) -> Iterator[Tensor]:
+        """The weight as consecutive (n, cols) float32 row blocks, n a multiple of 128 but for the last.
+
+        A unit of ordinary size is one block, `weight` itself; only a huge one (an embedding) is read in parts,
+        so that no metric that looks at weights alone ever holds one whole.
+        """
+        if unit.params <= _WHOLE:
+            yield self.weight(unit)
+            return
+        step = max(_BLOCK // unit.cols // _ALIGN, 1) * _ALIGN
+        for start in range(0, unit.rows, step):
+            yield self.reader.window(unit, (start, min(start + step, unit.rows)))
+
+    def slabs(self, unit: QuantUnit) -> Iterator[Tensor]:
+        """The weight as consecutive (n, min(rows, cols)) blocks along its longer side; sum of B^T B is its Gram."""
+        if unit.params <= _WHOLE:
+            whole = self.weight(unit)
+            yield whole if unit.rows >= unit.cols else whole.mT
+        elif unit.rows >= unit.cols:
+            yield from self.blocks(unit)
+        else:
+            step = max(_BLOCK // unit.rows // _ALIGN, 1) * _ALIGN
+            for start in range(0, unit.cols, step):
+                yield self.reader.window(unit, (0, unit.rows), (start, min(start + step, unit.cols))).mT
+
+    def of_unit(self, unit: QuantUnit, name: str, make: Callable[[], Any]) -> Any:
+        """``make()``, kept until another unit is asked about: metrics that look at a unit together share a result."""
+        if self._shared[0] != unit.key:
+            self._shared = unit.key, {}
+        memo = self._shared[1]
+        if name not in memo:
+            memo[name] = make()
+        return memo[name]
+
     def candidate(self, unit: QuantUnit, fmt: Format) -> Tensor:
         """(rows, cols) float32: what the unit's weight becomes under ``fmt``."""
         from bitatlas.kernels.reference import quantize_dequantize
@@ -179,7 +219,7 @@ class MeasureContext:
             loaded.free()
             del self.__dict__["loaded"]
         self.scratch.clear()
-        self._last = None
+        self._last, self._shared = None, ("", {})
 
     def __enter__(self) -> MeasureContext:
         return self
@@ -232,10 +272,19 @@ def run_step(metric: Metric, ctx: MeasureContext, parts_dir: str | Path, key: st
     found = _read_part(path)
     if found is not None:
         return found[0]
-    result = metric.step(ctx, key)
+    return save_step(parts_dir, key, metric.step(ctx, key))
+
+
+def save_step(parts_dir: str | Path, key: str, result: StepResult) -> list[DamageRow]:
+    """Make a step's result its part file; returns its rows."""
     rows = [_plain(r) for r in result.rows]
-    _write_part(path, rows, result.arrays or {})
+    _write_part(part_path(parts_dir, key), rows, result.arrays or {})
     return rows
+
+
+def step_saved(parts_dir: str | Path, key: str) -> bool:
+    """Whether a step's part file is there and sound."""
+    return _read_part(part_path(parts_dir, key)) is not None
 
 
 def finish_metric(metric: Metric, ctx: MeasureContext, parts_dir: str | Path) -> list[DamageRow]:

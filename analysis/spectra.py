@@ -1,65 +1,148 @@
 """Eigenvalue spectra of weight matrices through their Gram matrices, and the numbers read off them.
 
-A Gram product is one level-3 call and its eigenvalues are the squared singular values, which is several
-times faster than a singular value decomposition and, with products and eigensolver in double precision
-where it matters, as exact at the upper end that all tail estimates use.
+A Gram product is one level-3 call and its eigenvalues are the squared singular values, several times faster than a
+singular value decomposition. Single precision is 1e-7 of the *largest* eigenvalue off, which no tail estimate sees; where
+the small end is too small for that, product and eigensolver are repeated in double precision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
+import numpy as np
 import torch
+from scipy.linalg import blas, lapack
 from torch import Tensor
 
+from bitatlas.analysis.measure import MeasureContext
+from bitatlas.analysis.schema import QuantUnit
+
 __all__ = [
+    "FARMS_TILE",
     "farms_eigenvalues",
+    "farms_pick",
     "farms_takes_all",
+    "farms_tiles",
     "gram_eigenvalues",
     "hill_alpha",
+    "slab_eigenvalues",
     "spectral_entropy",
     "stable_rank",
+    "tiles_hill",
+    "unit_spectrum",
 ]
 
+FARMS_TILE = 128
 _BLOCK = 1 << 22  # weights in double precision at a time
+_SMALL_END = 1e-4  # of the largest: below, single precision is more than 1e-3 off there
+_MOST_DOUBLE = 8192  # rows of a Gram matrix in double precision: 512 MiB
+
+
+def unit_spectrum(ctx: MeasureContext, unit: QuantUnit) -> np.ndarray:
+    """Ascending squared singular values of a unit, (min(rows, cols),) float64; made once for all who ask in turn."""
+    make = lambda: slab_eigenvalues(lambda: ctx.slabs(unit), min(unit.rows, unit.cols))  # noqa: E731
+    found: np.ndarray = ctx.of_unit(unit, "spectrum", make)
+    return found
+
+
+def slab_eigenvalues(slabs: Callable[[], Iterable[Tensor]], n: int) -> np.ndarray:
+    """Squared singular values, ascending (n,) float64, of the matrix whose (rows, n) float32 row blocks ``slabs()`` gives.
+
+    ``slabs`` is called a second time where single precision does not do for the small end.
+    """
+    found = _eigenvalues(_gram(slabs(), n, np.float32))
+    if found[0] < _SMALL_END * found[-1] and n <= _MOST_DOUBLE:
+        found = _eigenvalues(_gram(slabs(), n, np.float64))
+    return found
 
 
 def gram_eigenvalues(weight: Tensor, exact: bool = False) -> Tensor:
     """Squared singular values of (..., rows, cols), ascending, (..., min(rows, cols)) float64, none below 0.
 
-    Products are float32, which is 1e-7 of the *largest* eigenvalue off and enough for every tail estimate;
-    ``exact`` takes them in double precision, for whoever looks at the small end (one matrix at a time).
+    Products are float32, unless ``exact`` takes them in double precision (one matrix at a time).
     """
     w = weight if weight.shape[-1] <= weight.shape[-2] else weight.mT
     if exact:
-        n = w.shape[-1]
-        gram = torch.zeros(n, n, dtype=torch.float64, device=w.device)
-        # Row block by row block, so that an embedding is never held in double precision as a whole.
-        for block in w.split(max(1, _BLOCK // n)):
-            gram.addmm_(block.T.double(), block.double())
-    else:
-        gram = (w.mT @ w).to(torch.float64)  # (..., n, n)
+        return torch.from_numpy(_eigenvalues(_gram([w], w.shape[-1], np.float64)))
+    gram = (w.mT @ w).to(torch.float64)  # (..., n, n)
     return torch.linalg.eigvalsh(gram).clamp_min(0)
 
 
+def _gram(slabs: Iterable[Tensor], n: int, dtype: type) -> np.ndarray:
+    """Upper triangle of the sum of B^T B, (n, n) in column order, its lower triangle unset."""
+    syrk = blas.ssyrk if dtype is np.float32 else blas.dsyrk
+    gram: np.ndarray = np.zeros((n, n), dtype, order="F")
+    for slab in slabs:
+        for block in slab.split(max(1, _BLOCK // n)) if dtype is np.float64 else (slab,):
+            rows: np.ndarray = block.numpy().astype(dtype, copy=False)  # (rows, n)
+            # The transpose of a C-ordered block is Fortran-ordered, so neither case is copied.
+            a, trans = (rows.T, 0) if rows.flags.c_contiguous else (rows, 1)
+            gram = syrk(1.0, a, beta=1.0, c=gram, trans=trans, overwrite_c=1)
+    return gram
+
+
+def _eigenvalues(gram: np.ndarray) -> np.ndarray:
+    """Ascending eigenvalues (n,) float64, none below 0, of the upper triangle of ``gram``, which is overwritten."""
+    n = len(gram)
+    if n == 1:
+        return gram[0].astype(np.float64).clip(0)
+    reduce = lapack.ssytrd if gram.dtype == np.float32 else lapack.dsytrd
+    _, diagonal, beside, _, bad = reduce(gram, lower=0, overwrite_a=1, lwork=64 * n)
+    # Values only, without square roots; from here on double precision costs next to nothing.
+    values, failed = lapack.dsterf(diagonal.astype(np.float64), beside.astype(np.float64))
+    if bad or failed:
+        raise ArithmeticError(f"the eigensolver did not converge ({bad}, {failed})")
+    found: np.ndarray = values.clip(0)
+    return found
+
+
+def farms_pick(
+    rows: int, cols: int, generator: torch.Generator, blocks: int = 256, size: int = FARMS_TILE
+) -> Tensor:
+    """Which ``size`` x ``size`` tiles of a (rows, cols) matrix FARMS takes: at most ``blocks`` of them, ascending."""
+    total = (rows // size) * (cols // size)
+    return torch.randperm(total, generator=generator)[:blocks].sort().values
+
+
+def farms_tiles(blocks: Iterable[Tensor], picks: list[Tensor], size: int = FARMS_TILE) -> list[Tensor]:
+    """The picked tiles, (tiles, size, size) for each pick, of the matrix whose row blocks (n, cols) are given.
+
+    Every row block but the last has a multiple of ``size`` rows.
+    """
+    found: list[list[Tensor]] = [[] for _ in picks]
+    first = 0
+    for block in blocks:
+        down, across = block.shape[0] // size, block.shape[1] // size
+        tiles = block[: down * size, : across * size].reshape(down, size, across, size)
+        for pick, out in zip(picks, found):
+            here = pick[(pick >= first) & (pick < first + down * across)] - first
+            out.append(tiles[here // across, :, here % across])  # (here, size, size)
+        first += down * across
+    return [torch.cat(parts) for parts in found]
+
+
 def farms_eigenvalues(
-    weight: Tensor, generator: torch.Generator, blocks: int = 256, size: int = 128
+    weight: Tensor, generator: torch.Generator, blocks: int = 256, size: int = FARMS_TILE
 ) -> Tensor:
     """Pooled squared singular values of at most ``blocks`` random ``size`` x ``size`` tiles, ascending, float64.
 
     FARMS (arXiv 2506.06280) as AlphaQ runs it: stride ``size``, the remainder at the right and lower edge
     left out; a matrix smaller than a tile in a dimension gives its whole spectrum instead.
     """
-    down, across = weight.shape[0] // size, weight.shape[1] // size
-    if not down or not across:
+    if min(weight.shape) < size:
         return gram_eigenvalues(weight)
-    pick = torch.randperm(down * across, generator=generator)[:blocks].sort().values
-    tiles = weight[: down * size, : across * size].reshape(down, size, across, size)
-    chosen = tiles[pick // across, :, pick % across]  # (blocks, size, size)
-    return gram_eigenvalues(chosen).flatten().sort().values
+    pick = farms_pick(weight.shape[0], weight.shape[1], generator, blocks, size)
+    return gram_eigenvalues(farms_tiles([weight], [pick], size)[0]).flatten().sort().values
 
 
-def farms_takes_all(weight: Tensor, blocks: int = 256, size: int = 128) -> bool:
+def tiles_hill(tiles: Tensor) -> float:
+    """PL_Alpha_Hill over the pooled squared singular values of (tiles, size, size)."""
+    return hill_alpha(gram_eigenvalues(tiles).flatten().sort().values)
+
+
+def farms_takes_all(rows: int, cols: int, blocks: int = 256, size: int = FARMS_TILE) -> bool:
     """Whether every tile is used, so that another seed changes nothing."""
-    return (weight.shape[0] // size) * (weight.shape[1] // size) <= blocks
+    return (rows // size) * (cols // size) <= blocks
 
 
 def hill_alpha(eigenvalues: Tensor, share: float = 0.1, least: int = 10) -> float:

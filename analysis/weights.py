@@ -86,6 +86,73 @@ class WeightReader:
         _check_finite(unit.tensor, weight)
         return weight
 
+    def window(self, unit: QuantUnit, rows: tuple[int, int], cols: tuple[int, int] | None = None) -> Tensor:
+        """Rows (start, stop) and columns (start, stop; None = all) of a unit, float32; nothing else is read.
+
+        MXFP4 experts are the exception: they are small and come through `get`.
+
+        Raises:
+            UserError: as `get`.
+        """
+        info = self.files.tensors[unit.tensor][1]
+        (a, b), (c, d) = rows, cols or (0, unit.cols)
+        if is_mxfp4(info):
+            return self.get(unit)[a:b, c:d]
+        if unit.part:  # the unit's rows in the fused matrix; both halves alternate, or one follows the other
+            first = 0 if unit.part == "gate" else 1
+            a, b = (2 * a, 2 * b) if unit.interleaved else (a + first * unit.rows, b + first * unit.rows)
+        box = (c, d, a, b) if unit.transposed else (a, b, c, d)
+        weight = self._box(info, unit.expert if len(info.shape) >= 3 else None, box)
+        if unit.transposed:
+            weight = weight.T
+        if unit.interleaved and unit.part:
+            weight = weight[first::2]
+        _check_finite(unit.tensor, weight)
+        return weight.contiguous()
+
+    def _box(self, info: TensorInfo, expert: int | None, box: tuple[int, int, int, int]) -> Tensor:
+        """float32 rows a to b, columns c to d of a stored matrix or of one expert's slice, its scales applied."""
+        a, b, c, d = box
+        scale_name = scale_of(info.name, self.files.tensors) if info.dtype in _FP8 else ""
+        if not scale_name:
+            return self._read_box(info, expert, box)
+        scale_info = self.files.tensors[scale_name][1]
+        scale = self._read(scale_info, expert if len(scale_info.shape) >= 3 else None)
+        high, wide = self._block()
+        # Whole blocks of the scale grid, so that the first scale belongs to the first row and column.
+        top, left = a - a % high, c - c % wide
+        if scale.dim() == 1 and scale.numel() > 1:
+            scale = scale.unsqueeze(-1)
+        if scale.dim() == 2:
+            shape = info.shape[-2:]
+            for axis, (start, stop, size) in enumerate(((top, b, high), (left, d, wide))):
+                step = 1 if scale.shape[axis] == shape[axis] else size
+                if scale.shape[axis] > 1:
+                    scale = scale.narrow(axis, start // step, -(-stop // step) - start // step)
+        weight = self._read_box(info, expert, (top, b, left, d))
+        return dequantize_fp8(weight, scale, (high, wide), info.name)[a - top :, c - left :]
+
+    def _read_box(self, info: TensorInfo, expert: int | None, box: tuple[int, int, int, int]) -> Tensor:
+        if info.dtype not in TORCH_DTYPES:
+            raise UserError(f"the tensor {info.name} has a dtype that cannot be read", found=info.dtype)
+        a, b, c, d = box
+        rows, cols = info.shape[-2:]
+        dtype = TORCH_DTYPES[info.dtype]
+        if b <= a or d <= c:
+            return torch.empty(max(b - a, 0), max(d - c, 0))
+        start = info.start + ((expert or 0) * rows + a) * cols * dtype.itemsize
+        shard = self.files.tensors[info.name][0]
+        if d - c == cols:
+            raw = self._bytes(shard, start, start + (b - a) * cols * dtype.itemsize)
+        else:
+            step, offset, length = cols * dtype.itemsize, c * dtype.itemsize, (d - c) * dtype.itemsize
+            raw = bytearray()
+            for row in range(b - a):
+                at = start + row * step + offset
+                raw += self._bytes(shard, at, at + length)
+        tensor = torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(b - a, d - c)
+        return tensor.to(torch.float32)
+
     def kept(self, name: str) -> Tensor:
         """Any tensor of the checkpoint as it is stored: its own shape and dtype, a fresh copy.
 

@@ -7,16 +7,19 @@ import torch
 
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
-from bitatlas.analysis.metrics.base import Cost, Metric, Parts, StepResult, chunks_by_layer
+from bitatlas.analysis.metrics.base import Cost, Parts, StepResult, UnitMetric, chunks_by_layer
 from bitatlas.analysis.metrics.weight_error import squared_error
-from bitatlas.analysis.schema import NO_FORMAT, DamageRow
+from bitatlas.analysis.schema import NO_FORMAT, DamageRow, QuantUnit
 from bitatlas.analysis.spectra import (
-    farms_eigenvalues,
+    FARMS_TILE,
+    farms_pick,
     farms_takes_all,
-    gram_eigenvalues,
+    farms_tiles,
     hill_alpha,
     spectral_entropy,
     stable_rank,
+    tiles_hill,
+    unit_spectrum,
 )
 from bitatlas.kernels.errors import UserError
 
@@ -25,7 +28,7 @@ __all__ = ["AlphaQ"]
 _FREE = ("alpha_hill", "alpha_hill_plain", "stable_rank", "spectral_entropy")
 
 
-class AlphaQ(Metric):
+class AlphaQ(UnitMetric):
     """Heavy-tail sensitivity: a heavier tail (smaller alpha) marks a better trained, more sensitive unit.
 
         alpha  = 1 + k / sum_{i<=k} ln(l_{m-i+1} / l_{m-k}),  k = max(10, floor(0.1 m))   (PL_Alpha_Hill)
@@ -43,11 +46,10 @@ class AlphaQ(Metric):
     TITLE = "AlphaQ heavy tail"
     UNIT = "squared weight"
     SOURCE = "AlphaQ (arXiv 2606.04980), PL_Alpha_Hill with FARMS and the MILP cost, times n"
-    NEEDS = "weights"
     ADDITIVE = True
     PER_FORMAT = True
     EMITS = ("alphaq", *_FREE)
-    VERSION = 1
+    VERSION = 2
     SETTINGS = {
         "gamma": 1.0,
         "farms_seeds": 3,
@@ -65,32 +67,44 @@ class AlphaQ(Metric):
         for name, most in (("farms_seeds", 100), ("farms_tiles", 65536)):
             if not 1 <= int(self.option(ctx, name)) <= most:
                 raise UserError(f"{name} must be 1 to {most}", found=str(self.option(ctx, name)))
-        return list(chunks_by_layer(ctx.index.units))
+        return super().plan(ctx)
 
-    def step(self, ctx: MeasureContext, key: str) -> StepResult:
-        """Per unit: alpha for every seed, the plain spectrum's numbers, and the distortion per format."""
-        units = chunks_by_layer(ctx.index.units)[key]
-        seeds, most = int(self.option(ctx, "farms_seeds")), int(self.option(ctx, "farms_tiles"))
-        alphas = np.full((len(units), seeds), np.nan)
-        plain = np.full((len(units), 3), np.nan)
-        distortion = np.full((len(units), len(ctx.formats)), np.nan)
-        for i, unit in enumerate(units):
-            weight = ctx.weight(unit)  # (rows, cols)
-            whole = gram_eigenvalues(weight)
-            plain[i] = hill_alpha(whole), stable_rank(whole), spectral_entropy(whole)
-            for s in range(1 if farms_takes_all(weight, most) else seeds):
-                generator = torch.Generator().manual_seed(ctx.random_seed("farms", s, unit.key))
-                alphas[i, s:] = hill_alpha(farms_eigenvalues(weight, generator, most))
-            if self.option(ctx, "distortion") == "measured":
-                distortion[i] = [squared_error(weight, f) for f in ctx.formats]
-            else:
-                mean = float(weight.sum(dtype=torch.float64)) / unit.params
-                square = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
-                energy = square - unit.params * mean * mean  # n times the population variance
-                distortion[i] = [energy * 2.0 ** (-2 * f.bits) for f in ctx.formats]
-            if not self.option(ctx, "size_factor"):
-                distortion[i] /= unit.params
-        return StepResult(arrays={"alphas": alphas, "plain": plain, "distortion": distortion})
+    def look(self, ctx: MeasureContext, unit: QuantUnit) -> StepResult:
+        """Alpha for every seed, the whole spectrum's numbers, and the distortion per format; one row of each."""
+        most, measured = int(self.option(ctx, "farms_tiles")), self.option(ctx, "distortion") == "measured"
+        whole = torch.from_numpy(unit_spectrum(ctx, unit))
+        plain = hill_alpha(whole), stable_rank(whole), spectral_entropy(whole)
+        total, square, distortion = 0.0, 0.0, np.zeros(len(ctx.formats))
+        for block in ctx.blocks(unit):
+            total += float(block.sum(dtype=torch.float64))
+            square += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+            if measured:
+                distortion += [squared_error(block, f) for f in ctx.formats]
+        if not measured:
+            energy = square - total * total / unit.params  # n times the population variance
+            distortion[:] = [energy * 2.0 ** (-2 * f.bits) for f in ctx.formats]
+        if not self.option(ctx, "size_factor"):
+            distortion /= unit.params
+        alphas = self._alphas(ctx, unit, most, plain[0])
+        arrays = {"alphas": alphas, "plain": np.array(plain), "distortion": distortion}
+        return StepResult(arrays={name: a[None] for name, a in arrays.items()})
+
+    def _alphas(self, ctx: MeasureContext, unit: QuantUnit, most: int, plain: float) -> np.ndarray:
+        """(seeds,) PL_Alpha_Hill over the tiles that each seed picks."""
+        seeds = int(self.option(ctx, "farms_seeds"))
+        if min(unit.rows, unit.cols) < FARMS_TILE:
+            return np.full(seeds, plain)
+        picks = [
+            farms_pick(
+                unit.rows,
+                unit.cols,
+                torch.Generator().manual_seed(ctx.random_seed("farms", s, unit.key)),
+                most,
+            )
+            for s in range(1 if farms_takes_all(unit.rows, unit.cols, most) else seeds)
+        ]
+        found = [tiles_hill(tiles) for tiles in farms_tiles(ctx.blocks(unit), picks)]
+        return np.array(found + [found[-1]] * (seeds - len(found)))
 
     def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
         """Alpha against the median over all units, which needs every layer."""

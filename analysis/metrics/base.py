@@ -14,7 +14,7 @@ from bitatlas.analysis.schema import DamageRow, QuantUnit
 if TYPE_CHECKING:
     from bitatlas.analysis.measure import MeasureContext
 
-__all__ = ["Cost", "Metric", "Parts", "StepResult", "chunks_by_layer", "unknown_rows"]
+__all__ = ["Cost", "Metric", "Parts", "StepResult", "UnitMetric", "chunks_by_layer", "unknown_rows"]
 
 Parts = Mapping[str, Mapping[str, np.ndarray]]
 """Step key -> the arrays that step left behind; read from disk on access, one at a time."""
@@ -98,6 +98,39 @@ class Metric(ABC):
     def option(self, ctx: MeasureContext, name: str) -> Any:
         """The value of a setting: the context's, else this metric's default."""
         return ctx.settings.get(name, self.SETTINGS[name])
+
+
+class UnitMetric(Metric):
+    """A metric of the weights alone that looks at one unit after the other.
+
+    It says what one look finds (`look`) and how the looks of a step become one result (`gather`); so several
+    such metrics can share each read of a weight (`measure.run_together`). A huge unit is read block by block
+    through `MeasureContext.blocks`.
+    """
+
+    NEEDS: ClassVar[Literal["weights", "activations", "gradients", "forwards"]] = "weights"
+
+    def plan(self, ctx: MeasureContext) -> list[str]:
+        """One step per layer, more for a large one."""
+        return list(chunks_by_layer(ctx.index.units))
+
+    def units_of(self, ctx: MeasureContext, key: str) -> tuple[QuantUnit, ...]:
+        """Units of a step, in order; the same for every metric of this kind."""
+        return chunks_by_layer(ctx.index.units)[key]
+
+    @abstractmethod
+    def look(self, ctx: MeasureContext, unit: QuantUnit) -> StepResult:
+        """Everything about one unit; arrays have a first axis along which those of several units are joined."""
+
+    def gather(self, looks: Sequence[StepResult]) -> StepResult:
+        """The step's result: rows behind each other, arrays joined along their first axis."""
+        names = (looks[0].arrays or {}) if looks else {}
+        arrays = {n: np.concatenate([(look.arrays or {})[n] for look in looks]) for n in names}
+        return StepResult([r for look in looks for r in look.rows], arrays or None)
+
+    def step(self, ctx: MeasureContext, key: str) -> StepResult:
+        """Looks at each unit of the step once."""
+        return self.gather([self.look(ctx, u) for u in self.units_of(ctx, key)])
 
 
 def chunks_by_layer(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
-from bitatlas.analysis.metrics.base import Cost, Metric, StepResult, chunks_by_layer
-from bitatlas.analysis.schema import NO_FORMAT, DamageRow
+from bitatlas.analysis.metrics.base import Cost, StepResult, UnitMetric
+from bitatlas.analysis.schema import NO_FORMAT, DamageRow, QuantUnit
 
 __all__ = ["QuantMoeOutlier"]
 
 
-class QuantMoeOutlier(Metric):
+class QuantMoeOutlier(UnitMetric):
     """score(W) = max_j ( max_i |W_ij| / mean_i |W_ij| ), i over output rows, j over input columns.
 
     QuantMoE-Bench (arXiv 2406.08155), the outlier-aware linear layer scorer: a higher score asks for more
@@ -21,26 +23,23 @@ class QuantMoeOutlier(Metric):
     TITLE = "Outlier score"
     UNIT = "ratio"
     SOURCE = "QuantMoE-Bench (arXiv 2406.08155), outlier-aware linear layer scorer"
-    NEEDS = "weights"
     ADDITIVE = False
     PER_FORMAT = False
     EMITS = ("quantmoe_outlier",)
     VERSION = 1
 
-    def plan(self, ctx: MeasureContext) -> list[str]:
-        """One step per layer, more for a large one."""
-        return list(chunks_by_layer(ctx.index.units))
-
-    def step(self, ctx: MeasureContext, key: str) -> StepResult:
-        """Reads each unit once."""
-        rows = []
-        for unit in chunks_by_layer(ctx.index.units)[key]:
-            magnitude = ctx.weight(unit).abs()  # (rows, cols)
-            mean, top = magnitude.mean(0), magnitude.amax(0)  # (cols,)
-            known = mean > 0
-            score = float((top[known] / mean[known]).max()) if bool(known.any()) else float("nan")
-            rows.append(DamageRow(self.NAME, unit.key, NO_FORMAT, score, count=unit.params))
-        return StepResult(rows)
+    def look(self, ctx: MeasureContext, unit: QuantUnit) -> StepResult:
+        """Reads the unit once."""
+        sums, tops, rows = [], [], 0
+        for block in ctx.blocks(unit):  # (n, cols)
+            magnitude = block.abs()
+            sums.append(magnitude.sum(0))
+            tops.append(magnitude.amax(0))
+            rows += len(block)
+        mean, top = torch.stack(sums).sum(0) / rows, torch.stack(tops).amax(0)  # (cols,)
+        known = mean > 0
+        score = float((top[known] / mean[known]).max()) if bool(known.any()) else float("nan")
+        return StepResult([DamageRow(self.NAME, unit.key, NO_FORMAT, score, count=unit.params)])
 
     def cost(self, ctx: MeasureContext) -> Cost:
         """One read."""

@@ -6,15 +6,15 @@ import numpy as np
 
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
-from bitatlas.analysis.metrics.base import Cost, Metric, Parts, StepResult, chunks_by_layer
+from bitatlas.analysis.metrics.base import Cost, Parts, StepResult, UnitMetric, chunks_by_layer
 from bitatlas.analysis.power_law import fit_power_law
-from bitatlas.analysis.schema import NO_FORMAT, DamageRow
-from bitatlas.analysis.spectra import gram_eigenvalues
+from bitatlas.analysis.schema import NO_FORMAT, DamageRow, QuantUnit
+from bitatlas.analysis.spectra import unit_spectrum
 
 __all__ = ["Spectral"]
 
 
-class Spectral(Metric):
+class Spectral(UnitMetric):
     """The eigenvalues l of W^T W and what WeightWatcher makes of them.
 
         spectral_alpha     exponent of the tail p(l) ~ l^-alpha, maximum likelihood, xmin of smallest KS distance
@@ -32,40 +32,33 @@ class Spectral(Metric):
     TITLE = "Spectral tail (KS fit)"
     UNIT = "exponent"
     SOURCE = "Clauset et al. 2009, eq. 3.1 and sec. 3.3; WeightWatcher (Nature Communications 12, 2021)"
-    NEEDS = "weights"
     ADDITIVE = False
     PER_FORMAT = False
     EMITS = (
         "spectral_alpha", "spectral_distance", "spectral_weighted", "spectral_log_norm", "spectral_log_det",
     )  # fmt: skip
-    VERSION = 1
+    VERSION = 2
 
-    def plan(self, ctx: MeasureContext) -> list[str]:
-        """One step per layer, more for a large one."""
-        return list(chunks_by_layer(ctx.index.units))
-
-    def step(self, ctx: MeasureContext, key: str) -> StepResult:
-        """Spectrum and fit of each unit; arrays: eigenvalues of all units behind each other, and their numbers."""
-        rows, spectra = [], []
-        for unit in chunks_by_layer(ctx.index.units)[key]:
-            lam = gram_eigenvalues(ctx.weight(unit), exact=True).numpy()  # (min(rows, cols),) ascending
-            spectra.append(lam.astype(np.float32))
-            fit = fit_power_law(lam)
-            known = lam[lam > 1e-5]
-            top = float(np.log10(lam[-1])) if known.size else float("nan")
-            values = (
-                (fit.alpha, fit.sigma, fit.tail),
-                (fit.distance, float("nan"), fit.tail),
-                (fit.alpha * top, fit.sigma * abs(top), fit.tail),
-                (float(np.log10(lam.sum())) if known.size else float("nan"), float("nan"), len(known)),
-                (float(np.log(known).mean()) if known.size else float("nan"), float("nan"), len(known)),
-            )
-            rows += [
-                DamageRow(name, unit.key, NO_FORMAT, value, stderr, count)
-                for name, (value, stderr, count) in zip(self.EMITS, values)
-            ]
-        sizes = np.array([len(s) for s in spectra], np.int64)
-        return StepResult(rows, {"eigenvalues": np.concatenate(spectra), "sizes": sizes})
+    def look(self, ctx: MeasureContext, unit: QuantUnit) -> StepResult:
+        """Spectrum and fit of a unit; arrays: its eigenvalues, and how many they are."""
+        lam = unit_spectrum(ctx, unit)  # (min(rows, cols),) ascending
+        fit = fit_power_law(lam)
+        known = lam[lam > 1e-5]
+        top = float(np.log10(lam[-1])) if known.size else float("nan")
+        values = (
+            (fit.alpha, fit.sigma, fit.tail),
+            (fit.distance, float("nan"), fit.tail),
+            (fit.alpha * top, fit.sigma * abs(top), fit.tail),
+            (float(np.log10(lam.sum())) if known.size else float("nan"), float("nan"), len(known)),
+            (float(np.log(known).mean()) if known.size else float("nan"), float("nan"), len(known)),
+        )
+        rows = [
+            DamageRow(name, unit.key, NO_FORMAT, value, stderr, count)
+            for name, (value, stderr, count) in zip(self.EMITS, values)
+        ]
+        return StepResult(
+            rows, {"eigenvalues": lam.astype(np.float32), "sizes": np.array([len(lam)], np.int64)}
+        )
 
     @staticmethod
     def eigenvalues(ctx: MeasureContext, parts: Parts, unit: str) -> np.ndarray:

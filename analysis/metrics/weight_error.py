@@ -7,8 +7,8 @@ from torch import Tensor
 
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
-from bitatlas.analysis.metrics.base import Cost, Metric, StepResult, chunks_by_layer
-from bitatlas.analysis.schema import DamageRow
+from bitatlas.analysis.metrics.base import Cost, StepResult, UnitMetric
+from bitatlas.analysis.schema import DamageRow, QuantUnit
 from bitatlas.kernels.formats import Format
 from bitatlas.kernels.reference import quantize_dequantize
 
@@ -17,7 +17,7 @@ __all__ = ["WeightError", "squared_error"]
 _BLOCK = 1 << 22  # weights rounded at a time, so that a large embedding needs no second copy of itself
 
 
-class WeightError(Metric):
+class WeightError(UnitMetric):
     """Sum of squared rounding errors of a unit.
 
         weight_error = ||dW||_F^2,  weight_error_rel = ||dW||_F^2 / ||W||_F^2,  dW = Q(W) - W
@@ -30,30 +30,26 @@ class WeightError(Metric):
     TITLE = "Weight error"
     UNIT = "squared weight"
     SOURCE = "||Q(W) - W||^2; relative form: HIGGS (arXiv 2411.17525), eq. 4"
-    NEEDS = "weights"
     ADDITIVE = True
     PER_FORMAT = True
     EMITS = ("weight_error", "weight_error_rel")
     VERSION = 1
 
-    def plan(self, ctx: MeasureContext) -> list[str]:
-        """One step per layer, more for a large one."""
-        return list(chunks_by_layer(ctx.index.units))
-
-    def step(self, ctx: MeasureContext, key: str) -> StepResult:
-        """Reads each unit once and rounds it to every format."""
+    def look(self, ctx: MeasureContext, unit: QuantUnit) -> StepResult:
+        """Reads the unit once and rounds it to every format."""
+        energy, errors = 0.0, [0.0] * len(ctx.formats)
+        for block in ctx.blocks(unit):  # (n, cols)
+            energy += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+            for i, fmt in enumerate(ctx.formats):
+                errors[i] += squared_error(block, fmt)
         rows = []
-        for unit in chunks_by_layer(ctx.index.units)[key]:
-            weight = ctx.weight(unit)  # (rows, cols)
-            energy = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
-            for fmt in ctx.formats:
-                error = squared_error(weight, fmt)
-                # A weight of zeros is stored without error in every format.
-                relative = error / energy if energy else 0.0
-                rows += [
-                    DamageRow(name, unit.key, fmt.name, value, count=unit.params)
-                    for name, value in zip(self.EMITS, (error, relative))
-                ]
+        for fmt, error in zip(ctx.formats, errors):
+            # A weight of zeros is stored without error in every format.
+            relative = error / energy if energy else 0.0
+            rows += [
+                DamageRow(name, unit.key, fmt.name, value, count=unit.params)
+                for name, value in zip(self.EMITS, (error, relative))
+            ]
         return StepResult(rows)
 
     def cost(self, ctx: MeasureContext) -> Cost:

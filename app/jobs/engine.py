@@ -8,41 +8,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
-import signal
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
 from bitatlas.analysis.schema import UserError
 from bitatlas.app.jobs.gpu import claim_gpu, visible_gpus
+from bitatlas.app.jobs.lifeline import die_with
 from bitatlas.app.jobs.settings import parallel_jobs
 from bitatlas.app.jobs.work import Work, load_work
 from bitatlas.app.problems import EXIT_USER, describe, exit_code
 from bitatlas.cache.paths import Home
 
 __all__ = ["main"]
-
-_PR_SET_PDEATHSIG = 1
-
-
-def _die_with(parent: int) -> None:
-    """End this process when the worker ends: by the kernel on Linux, by looking once a second elsewhere."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _answer(out: TextIO, reply: dict[str, Any]) -> None:
@@ -95,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kind", required=True)
     parser.add_argument("--parent", type=int, required=True)
     args = parser.parse_args(argv)
-    _die_with(args.parent)
+    die_with(args.parent)
     # Answers keep the pipe to themselves; prints of the work and of its libraries go to the log.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

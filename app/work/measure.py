@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from bitatlas.analysis.measure import MeasureContext, finish_metric, run_step
+from bitatlas.analysis.measure import MeasureContext, finish_metric, run_step, step_saved
 from bitatlas.analysis.metrics import get_metric
 from bitatlas.analysis.metrics.base import Metric
 from bitatlas.analysis.schema import DamageRow, Provenance, parse_format
+from bitatlas.analysis.together import run_together
 from bitatlas.app.jobs.work import Work
+from bitatlas.app.work.ahead import Ahead
 from bitatlas.app.work.checkpoint import loadable, unchanged
 from bitatlas.cache.keys import run_key
 from bitatlas.cache.paths import Home
@@ -31,7 +32,7 @@ class MeasureWork(Work):
     def __init__(self, params: Mapping[str, Any], home: Home) -> None:
         super().__init__(params, home)
         self.metrics = {name: get_metric(name) for name in params["metrics"]}
-        self._current = ""
+        self._finished: list[str] = []
 
     @cached_property
     def context(self) -> MeasureContext:
@@ -62,12 +63,41 @@ class MeasureWork(Work):
         )
 
     def plan(self) -> list[str]:
-        """``metric/step`` for every step, then ``metric/finish``."""
-        keys: list[str] = []
+        """``metric/step`` for every step, then ``metric/finish``.
+
+        Steps of the metrics that look at weights alone come first, the same step of all of them together, so
+        that each weight is read once for all.
+        """
+        keys = [key for group in self.groups() for key in group]
+        keys += [f"{name}/{_FINISH}" for name in self.metrics if self._weights_only(name)]
         for name, metric in self.metrics.items():
-            keys += [f"{name}/{step}" for step in metric.plan(self.context)]
-            keys.append(f"{name}/{_FINISH}")
+            if not self._weights_only(name):
+                keys += [f"{name}/{step}" for step in metric.plan(self.context)]
+                keys.append(f"{name}/{_FINISH}")
         return keys
+
+    def groups(self) -> list[list[str]]:
+        """Keys of the weights-only metrics, those of the same step side by side."""
+        groups: dict[str, list[str]] = {}
+        for name, metric in self.metrics.items():
+            if self._weights_only(name):
+                for step in metric.plan(self.context):
+                    groups.setdefault(step, []).append(f"{name}/{step}")
+        return list(groups.values())
+
+    def run_group(self, keys: Sequence[str]) -> None:
+        """Leave the parts of steps that read the same weights; those that are there stay."""
+        step = keys[0].partition("/")[2]
+        metrics = [self.metrics[key.partition("/")[0]] for key in keys]
+        run_together({m: self.home.runs(self.run_of(m)) for m in metrics}, self.context, step)
+
+    def saved(self, key: str) -> bool:
+        """Whether a step's part is there."""
+        name, _, step = key.partition("/")
+        return step_saved(self.home.runs(self.run_of(self.metrics[name])), step)
+
+    def _weights_only(self, name: str) -> bool:
+        return self.metrics[name].NEEDS == "weights"
 
     def runs(self) -> list[dict[str, Any]]:
         """What the store has to know about each run before its first row."""
@@ -78,23 +108,32 @@ class MeasureWork(Work):
         name, _, step = key.partition("/")
         metric = self.metrics[name]
         run = self.run_of(metric)
-        if name != self._current:
-            self._finish_earlier(name)
-            self._current = name
+        self._finish_earlier()
         parts = self.home.runs(run)
         if step == _FINISH:
+            self._ahead.close()  # memory for what comes next
             rows = finish_metric(metric, self.context, parts)
+            self._finished.append(name)
         else:
+            if metric.NEEDS == "weights":
+                self._ahead.wait(key)
             rows = run_step(metric, self.context, parts, step)
         return {"rows": {run: [_listed(r) for r in rows]}, "note": f"{metric.NAME}: {step}"}
 
-    def _finish_earlier(self, name: str) -> None:
-        """Runs of the metrics before ``name`` are complete now: people can use them while the job goes on."""
+    @cached_property
+    def _ahead(self) -> Ahead:
+        """The processes that run weights-only steps ahead of the worker's questions."""
+        metrics = sum(map(self._weights_only, self.metrics))
+        return Ahead(self, self.context.index.params * metrics)
+
+    def _finish_earlier(self) -> None:
+        """Runs of the metrics that have ended are complete now: people can use them while the job goes on."""
         store = Store(self.home)
-        for earlier in itertools.takewhile(lambda n: n != name, self.metrics):
-            run = self.run_of(self.metrics[earlier])
-            if f"{earlier}/{_FINISH}" in store.steps_done(run):
+        for name in self._finished:
+            run = self.run_of(self.metrics[name])
+            if f"{name}/{_FINISH}" in store.steps_done(run):
                 store.finish_run(run)
+        self._finished.clear()
 
     def finish(self) -> dict[str, Any]:
         """The runs of this job by metric."""

@@ -257,3 +257,52 @@ def test_mxfp4_checkpoint_runs_as_its_dequantised_twin(tiny_checkpoint, tmp_path
         for u in a.units:
             assert torch.equal(loaded.handle(u.key).get(), reader.get(u)), u.key
     torch.testing.assert_close(loaded.logits(ids), LoadedModel.open(b).logits(ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "qwen3_moe"])
+def test_windows_are_cut_out_of_the_unit(tiny_checkpoint, family):
+    index = index_model(tiny_checkpoint(family))
+    seen = set()
+    with WeightReader(index) as reader:
+        for u in index.units:
+            if (u.role, u.part) not in seen:
+                whole = reader.get(u)
+                for rows, cols in (
+                    ((0, u.rows), None),
+                    ((3, 11), (0, u.cols)),
+                    ((1, u.rows), (2, u.cols - 1)),
+                ):
+                    c, d = cols or (0, u.cols)
+                    assert torch.equal(reader.window(u, rows, cols), whole[rows[0] : rows[1], c:d]), u.key
+            seen.add((u.role, u.part))
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (10, 1), (5, 2), (10,), ()])
+def test_windows_of_fp8_find_their_scales(tmp_path, shape):
+    weight, scale = torch.randn(10, 7).to(torch.float8_e4m3fn), torch.rand(shape) + 0.1
+    quant = {"quant_method": "fp8", "weight_block_size": [2, 5]}
+    state = {"a.weight": weight, "a.weight_scale_inv": scale}
+    index = checkpoint(tmp_path / "m", state, quantization_config=quant)
+    with WeightReader(index) as reader:
+        whole = reader.get("a")
+        for a, b, c, d in ((0, 10, 0, 7), (3, 8, 0, 7), (1, 10, 4, 6), (9, 10, 5, 7)):
+            torch.testing.assert_close(reader.window(index.units[0], (a, b), (c, d)), whole[a:b, c:d])
+
+
+def test_windows_of_mxfp4_and_bad_values(tmp_path):
+    blocks = torch.randint(0, 256, (2, 6, 1, 16), dtype=torch.uint8)
+    name, scales = "model.layers.0.mlp.experts.down_proj", torch.full((2, 6, 1), 120, dtype=torch.uint8)
+    bad = torch.zeros(9, 4)
+    bad[5, 2] = float("nan")
+    state = {name + "_blocks": blocks, name + "_scales": scales, "a.weight": bad}
+    index = checkpoint(
+        tmp_path / "m", state, model_type="gpt_oss", quantization_config={"quant_method": "mxfp4"}
+    )
+    units = {u.key: u for u in index.units}
+    with WeightReader(index) as reader:
+        expert = units[name + "[1]"]
+        assert torch.equal(reader.window(expert, (2, 5), (1, 6)), reader.get(expert)[2:5, 1:6])
+        assert reader.window(units["a"], (0, 5)).shape == (5, 4)
+        with pytest.raises(UserError, match="NaN or Inf"):
+            reader.window(units["a"], (4, 9))
