@@ -102,6 +102,7 @@ class MeasureContext:
         self.__dict__.update(self._given)
         self._last: tuple[str, Tensor] | None = None
         self._shared: tuple[str, dict[str, Any]] = "", {}
+        self._others: dict[str, LoadedModel] = {}
         # Room for what steps of one process may share to save work; results never hang on it.
         self.scratch: dict[str, Any] = {}
 
@@ -120,6 +121,24 @@ class MeasureContext:
         from bitatlas.analysis.loaded import LoadedModel
 
         return LoadedModel.open(self.index, dtype=getattr(torch, self.dtype), device=self.device)
+
+    def loaded_in(self, dtype: str) -> LoadedModel:
+        """The model with parameters of another type (``--set dtype=bfloat16``), "" = the context's own; kept.
+
+        Raises:
+            UserError: a type that a model cannot run in.
+        """
+        if dtype not in ("", "float32", "bfloat16", "float16"):
+            raise UserError("unknown dtype for the model", found=dtype, fix="float32 or bfloat16")
+        if dtype in ("", self.dtype):
+            return self.loaded
+        import torch
+
+        from bitatlas.analysis.loaded import LoadedModel
+
+        if dtype not in self._others:
+            self._others[dtype] = LoadedModel.open(self.index, getattr(torch, dtype), self.device)
+        return self._others[dtype]
 
     @cached_property
     def calibration(self) -> CalibrationSet:
@@ -218,6 +237,9 @@ class MeasureContext:
         if loaded is not None and "loaded" not in self._given:
             loaded.free()
             del self.__dict__["loaded"]
+        for other in self._others.values():
+            other.free()
+        self._others.clear()
         self.scratch.clear()
         self._last, self._shared = None, ("", {})
 

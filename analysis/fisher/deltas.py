@@ -23,11 +23,13 @@ class DeltaStack:
         rows: (F, n) float16 or float32; row f is (Q_f(W) - W).flatten() / scale[f].
         scale: (F,) float64, what a row was divided by; 0 where the format is exact for this unit.
         norm_sq: (F,) float64, ||Q_f(W) - W||^2.
+        square: rows hold the squares of the errors, and gradients are squared too.
     """
 
     rows: Tensor
     scale: Tensor
     norm_sq: Tensor
+    square: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -41,10 +43,15 @@ class DeltaStack:
             grad: any shape with n elements, float32.
 
         Returns:
-            <grad, Q_f(W) - W> for every format, (F,) float64, and ||grad||^2.
+            <grad, Q_f(W) - W> for every format, (F,) float64, and ||grad||^2; of squares, <grad^2, (Q_f(W) - W)^2>.
         """
         flat = grad.reshape(-1).float()
-        norm = float(torch.linalg.vector_norm(flat))
+        total = norm = float(torch.linalg.vector_norm(flat))
+        if self.square and norm > 0:
+            flat = (
+                flat / norm
+            ).square_()  # first scaled: the square of a small gradient leaves float32's range
+            norm = float(torch.linalg.vector_norm(flat))
         if norm == 0.0 or not self.rows.numel():
             return torch.zeros_like(self.scale), 0.0
         if self.rows.dtype == torch.float16:
@@ -52,16 +59,19 @@ class DeltaStack:
             out = torch.mv(self.rows, (flat * factor).to(torch.float16)).double().cpu() / factor
         else:
             out = torch.mv(self.rows, flat.to(self.rows.dtype)).double().cpu()
-        return out * self.scale, norm * norm
+        return out * self.scale * (total * total if self.square else 1.0), total * total
 
 
-def make_stack(weight: Tensor, candidates: Sequence[Tensor], dtype: torch.dtype, device: str) -> DeltaStack:
+def make_stack(
+    weight: Tensor, candidates: Sequence[Tensor], dtype: torch.dtype, device: str, square: bool = False
+) -> DeltaStack:
     """Stack of candidates - weight.
 
     Args:
         weight: (rows, cols) float32, the original.
         candidates: F tensors of the same shape, what each format turns it into.
         dtype: float16 (compact; relative error of a product about 2e-4) or float32.
+        square: keep the squares of the errors.
     """
     rows = torch.empty((len(candidates), weight.numel()), dtype=dtype, device=device)
     scale = torch.zeros(len(candidates), dtype=torch.float64)
@@ -70,9 +80,12 @@ def make_stack(weight: Tensor, candidates: Sequence[Tensor], dtype: torch.dtype,
         delta = (candidate - weight).reshape(-1)
         norm = float(torch.linalg.vector_norm(delta.double()))
         norm_sq[f] = norm * norm
+        if square:
+            delta = delta.square()
+            norm = float(torch.linalg.vector_norm(delta.double()))
         scale[f] = norm / _D_NORM
         rows[f] = delta * (_D_NORM / norm) if norm > 0 else torch.zeros_like(delta)
-    return DeltaStack(rows, scale, norm_sq)
+    return DeltaStack(rows, scale, norm_sq, square)
 
 
 class DeltaStore:
@@ -85,6 +98,7 @@ class DeltaStore:
         limit_bytes: RAM for kept stacks.
         dtype: of the stacks.
         device: where the gradients will be.
+        square: squares of the errors, for diagonals.
     """
 
     def __init__(
@@ -96,10 +110,11 @@ class DeltaStore:
         limit_bytes: int,
         dtype: torch.dtype = torch.float16,
         device: str = "cpu",
+        square: bool = False,
     ) -> None:
         self._weight, self._candidate = weight, candidate
         self.n_formats = n_formats
-        self._limit, self._dtype, self._device = limit_bytes, dtype, device
+        self._limit, self._dtype, self._device, self._square = limit_bytes, dtype, device, square
         self._kept: dict[str, DeltaStack] = {}
         self._norms: dict[str, Tensor] = {}
         self.kept_bytes = 0
@@ -109,7 +124,7 @@ class DeltaStore:
         if key in self._kept:
             return self._kept[key]
         candidates = [self._candidate(key, f) for f in range(self.n_formats)]
-        stack = make_stack(self._weight(key), candidates, self._dtype, self._device)
+        stack = make_stack(self._weight(key), candidates, self._dtype, self._device, self._square)
         self._norms[key] = stack.norm_sq
         if self.kept_bytes + stack.nbytes <= self._limit:
             self._kept[key] = stack

@@ -9,24 +9,17 @@ additive one is steadier and biased, so `score` blends them with a weight found 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from bitatlas.analysis.fisher.parts import NAMES, Joined, join_parts, pack_names
 from bitatlas.kernels.errors import UserError
 
 __all__ = ["ProbeMatrix", "load_probes", "pack_names"]
-
-_NAMES = "names"
-
-
-def pack_names(units: Sequence[str], formats: Sequence[str]) -> np.ndarray:
-    """Unit and format names as bytes that an npz file can hold."""
-    return np.frombuffer(json.dumps([list(units), list(formats)]).encode(), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class ProbeMatrix:
         a: (S, U, F) float32, <G_u, Q_f(W_u) - W_u> of every probe.
         gsq: (S, U) float64, ||G_u||^2.
         sequence: (S,) int64, which sequence a probe comes from (several label draws share one).
-        tokens: (S,) int64, tokens of that sequence.
+        tokens: (S,) tokens of that sequence; a sum of weights where positions are weighted.
         reached: (S, U) int64, tokens of the sequence that passed through the unit.
         norm_sq: (U, F) float64, ||Q_f(W_u) - W_u||^2.
     """
@@ -55,17 +48,12 @@ class ProbeMatrix:
     @classmethod
     def from_parts(cls, parts: Mapping[str, Mapping[str, np.ndarray]]) -> ProbeMatrix:
         """All probes of a run: step key -> arrays, as `fisher_projection` leaves them."""
-        chunks = [parts[key] for key in parts]
-        units, formats = json.loads(bytes(chunks[0][_NAMES]))
-        order = np.argsort(np.concatenate([c["sequence"] for c in chunks]), kind="stable")
+        return cls.of(join_parts(parts))
 
-        def join(name: str) -> np.ndarray:
-            return np.concatenate([c[name] for c in chunks])[order]
-
-        return cls(
-            tuple(units), tuple(formats), join("a"), join("gsq"), join("sequence"), join("tokens"),
-            join("reached"), chunks[0]["norm_sq"],
-        )  # fmt: skip
+    @classmethod
+    def of(cls, j: Joined) -> ProbeMatrix:
+        """The matrix of joined probes."""
+        return cls(j.units, j.formats, j.a, j.gsq, j.sequence, j.tokens, j.reached, j.norm_sq)
 
     @cached_property
     def by_sequence(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -181,7 +169,7 @@ def load_probes(parts_dir: str | Path) -> ProbeMatrix:
     parts: dict[str, dict[str, np.ndarray]] = {}
     for path in sorted(Path(parts_dir).glob("*.npz")):
         with np.load(path, allow_pickle=False) as data:
-            if {"a", "gsq", _NAMES} <= set(data.files):
+            if {"a", "gsq", NAMES} <= set(data.files):
                 parts[path.name] = {name: data[name] for name in data.files}
     if not parts:
         raise UserError("there are no probes here", found=str(parts_dir),

@@ -8,7 +8,9 @@ G = sum over tokens of the gradient of a random score whose second moment is the
   diag(p) - p p^T, the same as that of a drawn label, and its fourth moment is far smaller (a label of
   probability 1e-3 that happens to be drawn is a large, rare kick), so fewer probes are needed.
 
-In both, E[score_t | x] = 0 and the positions are independent, so cross terms vanish in expectation and
+- ``data``: log p of the text's own next token; the empirical Fisher of SqueezeLLM and FIT, whose mean is not zero.
+
+In the first two, E[score_t | x] = 0 and the positions are independent, so cross terms vanish in expectation and
 E<G, d>^2 = d^T F d summed over the tokens of the sequence.
 """
 
@@ -28,6 +30,7 @@ from bitatlas.analysis.loaded import LoadedModel
 __all__ = ["SCORES", "ProbeChunk", "ProbePass", "score_gradient"]
 
 SCORES = ("signs", "labels")
+"""Whose covariance is the Fisher information."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +48,20 @@ class ProbeChunk:
     reached: np.ndarray
 
 
-def score_gradient(logits: Tensor, score: str, generator: torch.Generator, chunk: int = 256) -> Tensor:
+def score_gradient(
+    logits: Tensor,
+    score: str,
+    generator: torch.Generator,
+    chunk: int = 256,
+    next_tokens: Tensor | None = None,
+) -> Tensor:
     """Gradient of the random score with respect to the logits.
 
     Args:
         logits: (T, V), any float type; computed in float32 over ``chunk`` positions at a time.
-        score: ``signs`` or ``labels``.
+        score: ``signs``, ``labels``, or ``data``.
         generator: source of randomness, on the CPU.
+        next_tokens: (T - 1,) int64, needed for ``data``; the last position has none, its gradient is zero.
 
     Returns:
         (T, V) in the type of the logits, zero mean, covariance diag(p) - p p^T in each position.
@@ -60,7 +70,14 @@ def score_gradient(logits: Tensor, score: str, generator: torch.Generator, chunk
     for start in range(0, logits.shape[0], chunk):
         part = logits.detach()[start : start + chunk].float()
         p = torch.softmax(part, dim=-1)  # (n, V)
-        if score == "labels":
+        if score == "data":
+            assert next_tokens is not None
+            y = next_tokens[start : start + chunk].to(p.device)
+            n = len(y)
+            v = p.neg_()
+            v[torch.arange(n, device=p.device), y] += 1.0
+            v[n:] = 0.0
+        elif score == "labels":
             u = torch.rand((p.shape[0], 1), generator=generator, dtype=torch.float64).to(p.device)
             # The inverse of the cumulative distribution in double: float32 loses the tail of a large vocabulary.
             y = torch.searchsorted(p.double().cumsum(-1), u).clamp_max(p.shape[1] - 1)
@@ -85,7 +102,7 @@ class ProbePass:
 
     def __init__(self, loaded: LoadedModel, units: Sequence[str], store: DeltaStore, score: str) -> None:
         self.store = store
-        self._loaded, self._units, self._score = loaded, tuple(units), score
+        self.loaded, self._units, self._score = loaded, tuple(units), score
         self._experts = [i for i, key in enumerate(self._units) if loaded.handle(key).unit.expert >= 0]
         self._members: dict[int, list[int]] = {}
         for i, key in enumerate(self._units):
@@ -97,14 +114,14 @@ class ProbePass:
 
         def consume(p: Tensor) -> None:
             for i in self._members[id(p)]:
-                grad = self._loaded.handle(self._units[i]).grad()
+                grad = self.loaded.handle(self._units[i]).grad()
                 if grad is not None:
                     dots, gsq[row[0], i] = self.store.get(self._units[i]).dot(grad)
                     a[row[0], i] = dots.numpy()
             p.grad = None
 
         handles: list[torch.utils.hooks.RemovableHandle] = []
-        with self._loaded.requires_grad(self._units) as parameters:
+        with self.loaded.requires_grad(self._units) as parameters:
             try:
                 handles += [p.register_post_accumulate_grad_hook(consume) for p in parameters]
                 yield
@@ -112,24 +129,37 @@ class ProbePass:
                 for handle in handles:
                     handle.remove()
 
-    def run(self, tokens: Tensor, seeds: Sequence[int]) -> ProbeChunk:
+    def run(
+        self, tokens: Tensor, seeds: Sequence[int], weights: Tensor | None = None, ce: bool = False
+    ) -> ProbeChunk:
         """Probes of one sequence; the forward pass is shared.
 
         Args:
             tokens: (T,) int64.
             seeds: one per draw.
+            weights: (T,) of the positions, None = all 1.
+            ce: one more row at the end: the gradient of sum_t w_t CE_t on the text's own next tokens.
         """
-        a = np.zeros((len(seeds), len(self._units), self.store.n_formats), np.float32)
-        gsq = np.zeros((len(seeds), len(self._units)))
+        rows = len(seeds) + ce
+        a = np.zeros((rows, len(self._units), self.store.n_formats), np.float32)
+        gsq = np.zeros((rows, len(self._units)))
         row = [0]
         reached = np.full(len(self._units), len(tokens), np.int64)
         reached[self._experts] = 0
         with self._consumed(a, gsq, row), torch.enable_grad():
             with self._counted(reached):
-                logits = self._loaded.logits(tokens.unsqueeze(0))[0]  # (T, V)
-            for row[0], seed in enumerate(seeds):
-                v = score_gradient(logits, self._score, torch.Generator().manual_seed(seed))
-                logits.backward(v, retain_graph=row[0] + 1 < len(seeds))
+                logits = self.loaded.logits(tokens.unsqueeze(0))[0]  # (T, V)
+            generator = torch.Generator()
+            for row[0] in range(rows):
+                data = row[0] == len(seeds)
+                if not data:
+                    generator.manual_seed(seeds[row[0]])
+                score = "data" if data else self._score
+                v = score_gradient(logits, score, generator, next_tokens=tokens[1:])
+                if weights is not None:
+                    # The square root: a Fisher is the square of its scores.
+                    v *= (weights if data else weights.sqrt()).to(v.device)[:, None]
+                logits.backward(-v if data else v, retain_graph=row[0] + 1 < rows)
         return ProbeChunk(a, gsq, reached)
 
     @contextmanager
@@ -143,5 +173,5 @@ class ProbePass:
         def count(key: str, x: Tensor, token: Tensor, weight: Tensor | None) -> None:
             reached[at[key]] += len(token)
 
-        with self._loaded.capture(count, at):
+        with self.loaded.capture(count, at):
             yield

@@ -10,6 +10,8 @@ from bitatlas.analysis.metrics.activation_error import ActivationError
 from bitatlas.analysis.metrics.alphaq import AlphaQ
 from bitatlas.analysis.metrics.awq_stats import AwqStats
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
+from bitatlas.analysis.metrics.delta_ce import DeltaCe
+from bitatlas.analysis.metrics.fisher_diag import FisherDiag
 from bitatlas.analysis.metrics.fisher_projection import FisherProjection
 from bitatlas.analysis.metrics.hawq_eigenvalue import HawqEigenvalue
 from bitatlas.analysis.metrics.hawq_trace import HawqTrace
@@ -27,6 +29,8 @@ __all__ = ["METRICS", "Cost", "Metric", "StepResult", "check_settings", "get_met
 _TABLE: tuple[type[Metric], ...] = (
     FisherProjection,
     KlFlip,
+    FisherDiag,
+    DeltaCe,
     HawqTrace,
     HawqEigenvalue,
     WeightError,
