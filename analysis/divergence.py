@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["token_kl", "token_nll", "top1_changed"]
+__all__ = ["KlReference", "token_kl", "token_nll", "top1_changed"]
 
 
 def token_kl(reference: Tensor, other: Tensor, chunk: int = 64) -> Tensor:
@@ -31,6 +31,42 @@ def token_kl(reference: Tensor, other: Tensor, chunk: int = 64) -> Tensor:
         term = torch.where(p > 0, p * (torch.expm1(d) - d), lq.exp())
         out[start : start + chunk] = term.sum(-1, dtype=torch.float64).cpu()
     return out.reshape(reference.shape[:-1])
+
+
+class KlReference:
+    """The original's distribution, prepared once for many comparisons: KL(original || other) in one exponential pass.
+
+    With u = ln q - ln p up to a constant and u' = u - E_p u:  KL = ln E_p e^u' = ln(1 + E_p [e^u' - 1 - u']), because
+    E_p u' = 0; every term is >= 0, as in `token_kl`.
+
+    Args:
+        logits: (..., V) of the original.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.shape = logits.shape[:-1]
+        self._log_p = torch.log_softmax(logits.reshape(-1, logits.shape[-1]).float(), -1)  # (N, V)
+        self._p = self._log_p.exp()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return 2 * self._p.numel() * self._p.element_size()
+
+    def kl(self, other: Tensor, chunk: int = 16) -> Tensor:
+        """(...) float64 on the CPU: KL of every position against other logits (..., V), nats."""
+        flat = other.reshape(self._p.shape)
+        out = torch.empty(len(flat), dtype=torch.float64)
+        for start in range(0, len(flat), chunk):
+            part = slice(start, start + chunk)
+            p = self._p[part]
+            u = flat[part].float() - self._log_p[part]
+            u -= (p * u).sum(-1, keepdim=True)
+            term = torch.expm1(u).sub_(u).mul_(p).sum(-1, dtype=torch.float64)
+            if not torch.isfinite(term).all():  # a ratio beyond e^88: the slow way clamps
+                term = torch.expm1(token_kl(self._log_p[part], flat[part]).to(term.device))
+            out[part] = torch.log1p(term).cpu()
+        return out.reshape(self.shape)
 
 
 def top1_changed(reference: Tensor, other: Tensor) -> Tensor:

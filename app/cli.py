@@ -183,6 +183,43 @@ def verify(
 
 @app.command()
 @guarded
+def truth(
+    model: Model,
+    text: Annotated[Path | None, typer.Option(help="Not the metrics' calibration text; the demo brings its own.")] = None,
+    flips: Annotated[int, typer.Option(help="Single flips, spread over units and formats; 0 = all.")] = 240,
+    flip_formats: Annotated[str, typer.Option(help="Formats of the flips.")] = "int{2,3,4}-g64",
+    allocations: Annotated[int, typer.Option(help="Random whole allocations.")] = 64,
+    formats: Formats = DEFAULT_FORMATS,
+    low: Annotated[float, typer.Option(help="Effective bits of the smallest allocation.")] = 2.5,
+    high: Annotated[float, typer.Option(help="Of the largest.")] = 5.0,
+    tokens: Annotated[int, typer.Option(help="Tokens of text, for each of the two.")] = 2048,
+    seq_len: int = 128, seed: int = 0, wait: Wait = True, json_output: Json = False,
+) -> None:  # fmt: skip
+    """Measure what metrics are judged by: KL of single flips and of random whole allocations."""
+    from bitatlas.app import tasks
+
+    result = tasks.truth(
+        model, text=text, flips=flips, flip_formats=flip_formats, allocations=allocations, formats=formats, low=low,
+        high=high, tokens=tokens, seq_len=seq_len, seed=seed, wait=wait, on_progress=progress_printer(json_output),
+    )  # fmt: skip
+    emit(result, json_output, "job")
+
+
+@app.command()
+@guarded
+def agree(
+    model: Model,
+    out: Annotated[Path | None, typer.Option(help="Where to write the whole table as CSV.")] = None,
+    json_output: Json = False,
+) -> None:
+    """How far each measured metric can be trusted: against measured flips and whole allocations (`truth` measures them)."""
+    from bitatlas.app import tasks
+
+    emit(tasks.agree(model, out=out), json_output, "trust")
+
+
+@app.command()
+@guarded
 def pack(
     model: Model, allocation: Path, output: Annotated[Path, typer.Option("-o", "--output")],
     quantizer: Annotated[str, typer.Option(help="How codes are chosen: rtn, mse, gptq.")] = "rtn",

@@ -97,6 +97,16 @@ def _verify(data: dict[str, Any]) -> None:
     _table([{k: v for k, v in r.items() if not isinstance(v, list | dict)} for r in results])
 
 
+_TRUST = ("metric", "badge", "flips", "flip_spearman", "flip_within", "allocations", "spearman", "band_least", "ratio",
+          "top_overlap", "cost_ratio_same_text", "calibration_least")  # fmt: skip
+
+
+def _trust(data: dict[str, Any]) -> None:
+    _table([{name: row[name] for name in _TRUST} for row in data["rows"]])
+    if data["out"]:
+        print(f"the whole table: {data['out']}")
+
+
 def _text(data: dict[str, Any]) -> None:
     print(data["text"])
 
@@ -113,7 +123,7 @@ def _export(data: dict[str, Any]) -> None:
 
 _SHAPES: dict[str, Callable[[Any], None]] = {
     "table": _table, "job": _pairs, "scan": _scan, "allocation": _allocation, "verify": _verify, "text": _text,
-    "export": _export,
+    "export": _export, "trust": _trust,
 }  # fmt: skip
 
 

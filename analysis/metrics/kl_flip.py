@@ -5,10 +5,13 @@ A flip in layer l costs only the blocks from l on (`analysis.prefix`), tested eq
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import torch
 
+from bitatlas.analysis.divergence import KlReference, token_kl
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
 from bitatlas.analysis.schema import DamageRow, QuantUnit, UserError
 
@@ -27,7 +30,8 @@ class KlFlip(Metric):
 
     Settings:
         flip_sequences: how many sequences; 0 = all.
-        flips: how many (unit, format) pairs, drawn by the seed; 0 = all.
+        flips: how many (unit, format) pairs; 0 = all. Drawn by the seed, as many of each format, spread evenly
+            over the units in model order.
         cache_gib: RAM for the recorded run of the original model.
     """
 
@@ -39,7 +43,7 @@ class KlFlip(Metric):
     ADDITIVE = True
     PER_FORMAT = True
     EMITS = ("kl_flip",)
-    VERSION = 1
+    VERSION = 2
     SETTINGS: ClassVar = {"flip_sequences": 16, "flips": 0, "cache_gib": 3.0}
 
     def __init__(self) -> None:
@@ -58,19 +62,17 @@ class KlFlip(Metric):
 
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
         """Flips of one layer, as rows."""
-        from bitatlas.analysis.divergence import token_kl
-
         words = key.split()
         layer = int(words[1])
         first, last = (int(n) for n in words[3].split("-"))
         pairs = self._pairs(ctx)[layer][first : last + 1]
         originals = self._originals(ctx)
         kl: list[list[np.ndarray]] = [[] for _ in pairs]
-        for recording in originals:
+        for recording, reference in originals:
             for i, (unit, f) in enumerate(pairs):
                 with ctx.loaded.swapped({unit.key: ctx.candidate(unit, ctx.formats[f])}):
                     logits = originals.runner.resume(recording, _resume_at(unit, ctx))
-                kl[i].append(token_kl(recording.logits, logits).mean(1).numpy())
+                kl[i].append(reference.kl(logits).mean(1).numpy())
         rows = []
         for (unit, f), batches in zip(pairs, kl):
             each = np.concatenate(batches)  # (sequences,)
@@ -95,11 +97,18 @@ class KlFlip(Metric):
 
     def _pairs(self, ctx: MeasureContext) -> dict[int, list[tuple[QuantUnit, int]]]:
         """Layer -> flips (unit, position of the format)."""
-        every = [(unit, f) for unit in ctx.index.units for f in range(len(ctx.formats))]
+        units, formats = ctx.index.units, range(len(ctx.formats))
+        every = [(unit, f) for unit in units for f in formats]
         wanted = int(self.option(ctx, "flips"))
         if 0 < wanted < len(every):
-            chosen = np.sort(ctx.rng(self.NAME, "flips").choice(len(every), wanted, replace=False))
-            every = [every[i] for i in chosen]
+            rng = ctx.rng(self.NAME, "flips")
+            shares = wanted // len(formats) + (np.arange(len(formats)) < wanted % len(formats))
+            chosen = {
+                (units[u].key, f)
+                for f, share in enumerate(shares)
+                for u in ((np.arange(share) + rng.random(share)) * len(units) / share).astype(int)
+            }
+            every = [(unit, f) for unit, f in every if (unit.key, f) in chosen]
         out: dict[int, list[tuple[QuantUnit, int]]] = {}
         for unit, f in every:
             out.setdefault(unit.layer, []).append((unit, f))
@@ -129,14 +138,10 @@ class _Originals:
     """Recorded runs of the original model, batch by batch; kept while they fit into ``limit`` bytes."""
 
     def __init__(self, runner: PrefixRunner, tokens: np.ndarray, limit: int) -> None:
-        import torch
-
-        from bitatlas.analysis.divergence import token_kl
-
         self.runner = runner
         size = max(1, _BATCH_TOKENS // tokens.shape[1])
         self._batches = [torch.from_numpy(tokens[i : i + size]) for i in range(0, len(tokens), size)]
-        self._kept: dict[int, Recording] = {}
+        self._kept: dict[int, tuple[Recording, KlReference]] = {}
         self._left = limit
         # The floor: the same sequence computed in another batch layout, where only the summation order differs.
         ids = self._batches[0]
@@ -144,13 +149,17 @@ class _Originals:
         first, again = runner.record(ids), runner.record(alone)
         self.noise = float(token_kl(first.logits[:1], again.logits[:1]).mean())
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[tuple[Recording, KlReference]]:
         for i, ids in enumerate(self._batches):
-            recording = self._kept.get(i) or self.runner.record(ids)
-            if i not in self._kept and recording.nbytes <= self._left:
-                self._kept[i] = recording
-                self._left -= recording.nbytes
-            yield recording
+            found = self._kept.get(i)
+            if found is None:
+                recording = self.runner.record(ids)
+                found = recording, KlReference(recording.logits)
+                size = recording.nbytes + found[1].nbytes
+                if size <= self._left:
+                    self._kept[i] = found
+                    self._left -= size
+            yield found
 
 
 def _resume_at(unit: QuantUnit, ctx: MeasureContext) -> int:

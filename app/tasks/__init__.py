@@ -5,6 +5,7 @@ tasks.measure("demo", "fisher", wait=True)
 allocation = tasks.solve("demo", metric="fisher", bits=3.5)
 """
 
+from bitatlas.app.tasks.agreeing import agree
 from bitatlas.app.tasks.demo import demo, demo_path
 from bitatlas.app.tasks.jobs import jobs_cancel, jobs_list, jobs_logs, jobs_resume, jobs_show, rebuild
 from bitatlas.app.tasks.listing import formats, metrics, solvers, targets
@@ -20,9 +21,11 @@ from bitatlas.app.tasks.solving import (
     read_allocation,
     solve,
 )
+from bitatlas.app.tasks.truth import submit_random_allocations, truth
 from bitatlas.app.tasks.verifying import submit_verify, verify
 
 __all__ = [
+    "agree",
     "build_problem",
     "check",
     "confine",
@@ -54,8 +57,10 @@ __all__ = [
     "solvers",
     "submit_measure",
     "submit_pack",
+    "submit_random_allocations",
     "submit_refine",
     "submit_verify",
     "targets",
+    "truth",
     "verify",
 ]

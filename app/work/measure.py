@@ -142,6 +142,12 @@ class MeasureWork(Work):
             "formats": self.params["formats"],
         }
 
+    def _facts(self, metric: Metric) -> dict[str, Any]:
+        """What a trust table needs to know and a page could only learn by loading torch."""
+        cost = metric.cost(self.context)
+        return {"unit": metric.UNIT, "additive": metric.ADDITIVE, "forward_tokens": cost.forward_tokens,
+                "backward_tokens": cost.backward_tokens}  # fmt: skip
+
     def _description(self, metric: Metric) -> dict[str, Any]:
         needs_text = metric.NEEDS != "weights"
         calibration = self.context.calibration if needs_text else None
@@ -151,7 +157,8 @@ class MeasureWork(Work):
             calibration_digest=calibration.digest if calibration else "",
             tokens=calibration.size if calibration else 0,
             seed=self.params["seed"],
-            settings={"source": calibration.source, **calibration.settings} if calibration else {},
+            settings={"metric": self._facts(metric)}
+            | ({"source": calibration.source, **calibration.settings} if calibration else {}),
             versions={p: importlib.metadata.version(p) for p in ("bitatlas", "torch", "transformers")},
             device=self.context.device,
         )
