@@ -7,7 +7,7 @@ VIEW := build/typing/bitatlas
 MODEL ?=
 PORT ?= 8501
 
-.PHONY: run test test-fast check lint types walls smollm2 smollm2-moe clean gpu
+.PHONY: run test test-fast check lint types walls smollm2 smollm2-moe clean gpu clients
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,6 +46,15 @@ smollm2: $(STAMP)
 
 smollm2-moe: smollm2
 	$(BIN)/python examples/smollm2_moe.py models/smollm2 models/smollm2-moe
+
+# Engines that read what we export, each in an environment of its own beside ours, so that torch is not replaced.
+clients: $(STAMP)
+	for c in mlx:'mlx[cpu]__mlx-lm' torchao:torchao autoround:auto-round gptqmodel:gptqmodel; do \
+	  d=.clients/$${c%%:*}; test -x $$d/bin/python || $(PYTHON) -m venv $$d; \
+	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($$d/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth; \
+	  $$d/bin/pip install -q -c constraints.txt $$(echo $${c#*:} | sed 's/__/ /'); \
+	done
+	$(BIN)/python -m pytest -q tests/app/targets/test_engines.py
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu

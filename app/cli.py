@@ -258,12 +258,14 @@ def export(
     model: Annotated[str | None, typer.Option(help="Only when the store does not know the model.")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="The finished checkpoint, not the config alone.")] = False,
     quantizer: Annotated[str, typer.Option(help="With --weights: rtn or mse.")] = "rtn",
-    json_output: Json = False,
+    calibration: Annotated[Path | None, typer.Option(help="Text for llama.cpp's imatrix.")] = None,
+    tokens: int = 16384, seq_len: int = 512, json_output: Json = False,
 ) -> None:  # fmt: skip
     """Write what an engine needs, and the command to run."""
     from bitatlas.app import tasks
 
-    result = tasks.export(allocation, target, output, model=model, weights=weights, quantizer=quantizer)
+    result = tasks.export(allocation, target, output, model=model, weights=weights, quantizer=quantizer,
+                          calibration=calibration, tokens=tokens, seq_len=seq_len)  # fmt: skip
     emit(result, json_output, "export")
 
 

@@ -12,11 +12,13 @@ from bitatlas.app.targets.compressed_tensors import CompressedTensors, Vllm
 from bitatlas.app.targets.gptqmodel import GptqModel
 from bitatlas.app.targets.llama_cpp import LlamaCpp
 from bitatlas.app.targets.mlx import Mlx
+from bitatlas.app.targets.torchao import TorchAo
 
 __all__ = ["REJECTED", "SERVABLE", "TARGETS", "WRONG", "Finding", "Target", "Verdict", "get_target"]
 
 TARGETS: dict[str, Target] = {
-    t.NAME: t for t in (Bitatlas(), LlamaCpp(), Vllm(), CompressedTensors(), AutoRound(), GptqModel(), Mlx())
+    t.NAME: t
+    for t in (Bitatlas(), LlamaCpp(), Vllm(), CompressedTensors(), AutoRound(), GptqModel(), Mlx(), TorchAo())
 }
 
 

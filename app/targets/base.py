@@ -10,11 +10,14 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
+from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup, UserError
 
 if TYPE_CHECKING:
+    from bitatlas.analysis.calibration import CalibrationSet
+    from bitatlas.analysis.loaded import LoadedModel
     from bitatlas.app.work.engine_checkpoint import Container
 
 __all__ = ["REJECTED", "SERVABLE", "WRONG", "Finding", "Target", "Verdict"]
@@ -194,6 +197,28 @@ class Target(ABC):
     def container(self) -> Container | None:
         """How the engine stores quantised matrices, where we can write them; imports torch."""
         return None
+
+    def write_weights(
+        self, allocation: Allocation, index: ModelIndex, out: str | Path, *, quantizer: str = "rtn"
+    ) -> list[Path]:
+        """Write the finished checkpoint into the folder ``out``; returns its files.
+
+        Raises:
+            UserError: the engine's own tools make it, or something in the model is not written here.
+        """
+        container = self.container()
+        if container is None:
+            raise UserError(f"the weights of {self.NAME} are made by its own tools",
+                            fix="export without --weights and run the command")  # fmt: skip
+        from bitatlas.app.work.engine_checkpoint import write_engine_checkpoint
+
+        return sorted(
+            write_engine_checkpoint(container, index, allocation, out, quantizer=quantizer).iterdir()
+        )
+
+    def write_statistics(self, loaded: LoadedModel, text: CalibrationSet, out: Path) -> list[Path]:
+        """Files that the engine's own tools make of a calibration text, where we can write them; none by default."""
+        raise UserError(f"{self.NAME} takes no statistics of a text", fix="export without --calibration")
 
     @abstractmethod
     def render(self, allocation: Allocation, index: ModelIndex) -> dict[str, str]:

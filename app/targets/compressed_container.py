@@ -6,6 +6,7 @@ packed along the rows; ``weight_shape`` is (rows, cols).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,8 +27,15 @@ class PackQuantized:
     def __init__(self, target: CompressedTensors) -> None:
         self.target = target
 
-    def specs(self, unit: QuantUnit, fmt: Format) -> list[TensorSpec]:
-        """Packed codes, scales, shape, and zero points where there are any."""
+    def groups(self, index: ModelIndex) -> list[list[QuantUnit]]:
+        """Every unit is a module of its own."""
+        return [[u] for u in index.units]
+
+    def specs(self, units: Sequence[QuantUnit], fmt: Format, dtype: torch.dtype) -> list[TensorSpec]:
+        """Packed codes, scales, shape, and zero points where there are any; the weight as it is without codes."""
+        [unit] = units
+        if fmt.kind == "float":
+            return [TensorSpec(unit.tensor, dtype, (unit.rows, unit.cols))]
         groups = fmt.groups(unit.cols)
         out = [
             TensorSpec(
@@ -41,8 +49,11 @@ class PackQuantized:
             out.append(TensorSpec(f"{unit.key}.weight_zero_point", torch.int32, shape))
         return out
 
-    def tensors(self, unit: QuantUnit, q: Quantized) -> dict[str, Tensor]:
+    def tensors(
+        self, units: Sequence[QuantUnit], qs: Sequence[Quantized], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         """The same, filled."""
+        [unit], [q] = units, qs
         out = {
             f"{unit.key}.weight_packed": pack_codes(q.codes, q.format.bits),
             f"{unit.key}.weight_scale": q.scales,

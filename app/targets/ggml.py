@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bitatlas.analysis.schema import Format, QuantUnit
 
-__all__ = ["ARCHITECTURES", "BLOCKS", "fallback", "gguf_name", "tensor_bytes", "type_of"]
+__all__ = [
+    "ARCHITECTURES", "BLOCKS", "MAKEABLE", "WRITTEN", "exact_type", "fallback", "ggml_type", "gguf_name", "tensor_bytes", "type_of",
+]  # fmt: skip
 
 BLOCKS: dict[str, tuple[int, int]] = {
     "q2_k": (256, 84), "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
@@ -17,6 +19,12 @@ _FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6
 _K_QUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
 # Groups of 32 are what the older types have; q4_1 and q5_1 store a minimum, as asymmetric formats do.
 _GROUP_32 = {(4, True): "q4_0", (4, False): "q4_1", (5, True): "q5_0", (5, False): "q5_1"}
+
+MAKEABLE = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32")
+"""Types that the gguf package can make; k-quants need llama-quantize."""
+
+WRITTEN = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+"""Model types whose GGUF is written here; the rest goes through llama.cpp's own converter."""
 
 ARCHITECTURES: dict[str, str] = {
     "llama": "LLAMA", "mistral": "LLAMA", "mixtral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3",
@@ -51,6 +59,21 @@ def fallback(kind: str, cols: int) -> str:
         return kind
     kind = _FALLBACK.get(kind, kind)
     return kind if cols % BLOCKS[kind][0] == 0 else "f16"
+
+
+def ggml_type(fmt: Format, cols: int) -> str:
+    """The type that a tensor of ``cols`` columns really gets."""
+    return fallback(type_of(fmt), cols)
+
+
+def exact_type(fmt: Format) -> str:
+    """The type with the very grid of ``fmt`` (q4_1 and q5_1 but for the minimum's rounding); "" when there is none."""
+    if fmt.kind == "float":
+        return type_of(fmt)
+    same = fmt.group_size == 32 and (
+        (fmt.bits, fmt.symmetric) in _GROUP_32 or (fmt.bits == 8 and fmt.symmetric)
+    )
+    return type_of(fmt) if same else ""
 
 
 def tensor_bytes(kind: str, weights: int) -> int:

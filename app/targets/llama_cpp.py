@@ -12,11 +12,26 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
 from bitatlas.app.targets.base import REJECTED, Finding, Target
 from bitatlas.app.targets.fusion import expert_stacks
-from bitatlas.app.targets.ggml import ARCHITECTURES, fallback, gguf_name, tensor_bytes, type_of
+from bitatlas.app.targets.ggml import (
+    ARCHITECTURES,
+    MAKEABLE,
+    WRITTEN,
+    exact_type,
+    fallback,
+    gguf_name,
+    tensor_bytes,
+    type_of,
+)
+
+if TYPE_CHECKING:
+    from bitatlas.analysis.calibration import CalibrationSet
+    from bitatlas.analysis.loaded import LoadedModel
 
 __all__ = ["LlamaCpp"]
 
@@ -78,13 +93,40 @@ class LlamaCpp(Target):
             yield f"{sum(fell.values())} of {len(types)} tensors fall back because their rows are not whole blocks ({what})"
         size = self.engine_bytes(allocation, index)
         yield f"{size} bytes of tensor data in GGUF, {allocation.weights_bytes} in the allocation's own formats"
-        yield "ggml rounds in its own way: damage was measured for the formats of the allocation; verify the GGUF"
-        if any(a in ("q2_k", "q3_k") for a, _, _ in types.values()):
-            yield "use an imatrix at 2 and 3 bits"
+        if not all(
+            exact_type(FORMATS[allocation.formats[u.key]]) == types[gguf_name(u)][1]
+            for u in index.units
+            if gguf_name(u)
+        ):
+            yield (
+                "ggml rounds some of these formats in its own way: damage was measured for the formats of the allocation; "
+                "int{4,5,8}-g32-sym, int{4,5}-g32 and bf16 are its very grids"
+            )
+        if index.model_type == "mixtral":
+            yield "llama.cpp only: transformers reads the GGUF of a Mixtral as a dense Llama, without a word"
+        if any(g in ("q2_k", "q3_k") for _, g, _ in types.values()):
+            yield "use an imatrix at 2 and 3 bits (--calibration TEXT writes one)"
+        makeable = index.model_type in WRITTEN and all(g in MAKEABLE for _, g, _ in types.values())
+        yield "with --weights the GGUF is written here" if makeable else "llama-quantize has to make this one"
 
     def _base(self, types: dict[str, tuple[str, str, int]]) -> str:
         used = {asked for asked, _, _ in types.values()}
         return next((base for base, kind in _BASES.items() if kind not in used), "Q4_K_M")
+
+    def write_weights(
+        self, allocation: Allocation, index: ModelIndex, out: str | Path, *, quantizer: str = "rtn"
+    ) -> list[Path]:
+        """One GGUF file in the folder, for the types that the gguf package can make."""
+        from bitatlas.app.work.gguf_checkpoint import write_gguf
+
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in index.name)
+        return [write_gguf(index, allocation, Path(out) / f"{name}-mix.gguf", quantizer=quantizer)]
+
+    def write_statistics(self, loaded: LoadedModel, text: CalibrationSet, out: Path) -> list[Path]:
+        """``imatrix.gguf``, which run.sh uses when it is there."""
+        from bitatlas.app.work.imatrix import write_imatrix
+
+        return [write_imatrix(loaded, text, out / "imatrix.gguf")]
 
     def render(self, allocation: Allocation, index: ModelIndex) -> dict[str, str]:
         """The tensor type file and the commands."""
@@ -107,5 +149,5 @@ class LlamaCpp(Target):
         name = shlex.quote(index.name)
         return (
             f"python convert_hf_to_gguf.py {shlex.quote(index.path)} --outtype bf16 --outfile {name}-bf16.gguf\n"
-            f"llama-quantize --tensor-type-file tensor-types.txt{special} {name}-bf16.gguf {name}-mix.gguf {self._base(types)}"
+            f"llama-quantize $([ -f imatrix.gguf ] && echo --imatrix imatrix.gguf) --tensor-type-file tensor-types.txt{special} {name}-bf16.gguf {name}-mix.gguf {self._base(types)}"
         )

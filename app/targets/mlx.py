@@ -11,13 +11,16 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
 from bitatlas.app.targets.base import REJECTED, Finding, Target
 from bitatlas.app.targets.fusion import expert_stacks
 
-__all__ = ["Mlx"]
+if TYPE_CHECKING:
+    from bitatlas.app.work.engine_checkpoint import Container
+
+__all__ = ["Mlx", "mlx_name"]
 
 # Families whose module names in mlx-lm are those of the checkpoint, experts aside.
 _KNOWN = (
@@ -83,6 +86,12 @@ class Mlx(Target):
             scales = 2 * fmt.scale_bytes(u.rows, u.cols)
             total += u.params * 2 if fmt.kind == "float" else fmt.code_bytes(u.rows, u.cols) + scales
         return total
+
+    def container(self) -> Container:
+        """Affine modules."""
+        from bitatlas.app.targets.mlx_container import MlxAffine
+
+        return MlxAffine(self)
 
     def notes(self, allocation: Allocation, index: ModelIndex) -> Iterable[str]:
         """That zero points are biases here."""

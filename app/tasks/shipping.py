@@ -160,8 +160,13 @@ def export(
     model: str | None = None,
     weights: bool = False,
     quantizer: str = "rtn",
+    calibration: str | Path | None = None,
+    tokens: int = 16384,
+    seq_len: int = 512,
 ) -> dict[str, Any]:
     """Write the files of a target and say which command to run; with ``weights`` the finished checkpoint instead.
+
+    ``calibration`` (with ``tokens``, ``seq_len``) adds what the engine's own tools would make of a text: llama.cpp's imatrix.
 
     Raises:
         UserError: the engine rejects the allocation (for weights: does not serve it), or its container is not one
@@ -187,12 +192,27 @@ def export(
     folder = Path(output).expanduser()
     for name, text in files.items():
         atomic_write(folder / name, text.encode())
+    more = _statistics(engine, index, folder, calibration, tokens, seq_len) if calibration else []
     return {
         "target": target,
         **verdict.to_dict(),
-        "files": [str(folder / name) for name in files],
+        "files": [str(folder / name) for name in files] + [str(f) for f in more],
         "command": engine.command(plan, index),
     }
+
+
+def _statistics(
+    engine: Target, index: ModelIndex, folder: Path, calibration: str | Path, tokens: int, seq_len: int
+) -> list[Path]:
+    from bitatlas.analysis.calibration import load_tokenizer, make_calibration
+    from bitatlas.analysis.loaded import LoadedModel
+    from bitatlas.app.work.checkpoint import loadable
+
+    source = loadable(index, Home.default())
+    text = make_calibration(
+        load_tokenizer(source.path), calibration, tokens, seq_len, 0, vocab_size=source.vocab_size
+    )
+    return engine.write_statistics(LoadedModel.open(source), text, folder)
 
 
 def _export_weights(
@@ -200,16 +220,11 @@ def _export_weights(
 ) -> dict[str, Any]:
     """The checkpoint in the engine's own container."""
     from bitatlas.app.work.checkpoint import loadable
-    from bitatlas.app.work.engine_checkpoint import write_engine_checkpoint
 
-    container = engine.container()
-    if container is None:
-        raise UserError(f"the weights of {engine.NAME} are made by its own tools",
-                        fix="export without --weights and run the command")  # fmt: skip
     if verdict.status != "servable":
         raise UserError(f"{engine.NAME} would not serve this", found=verdict.reasons[0], fix=verdict.change)
     source = loadable(index, Home.default())
-    folder = write_engine_checkpoint(
-        container, source, replace(plan, model_digest=source.digest), output, quantizer=quantizer
+    files = engine.write_weights(
+        replace(plan, model_digest=source.digest), source, output, quantizer=quantizer
     )
-    return {"files": sorted(str(f) for f in folder.iterdir()), "command": ""}
+    return {"files": [str(f) for f in files], "command": ""}

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,7 @@ from bitatlas.analysis.schema import Allocation, ModelIndex, QuantUnit
 from bitatlas.kernels.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from bitatlas.kernels.formats import Format
@@ -30,11 +31,16 @@ __all__ = ["Container", "write_engine_checkpoint"]
 class Container(Protocol):
     """How an engine stores a quantised matrix."""
 
-    def specs(self, unit: QuantUnit, fmt: Format) -> list[TensorSpec]:
-        """Tensors that the unit becomes."""
+    def groups(self, index: ModelIndex) -> list[list[QuantUnit]]:
+        """Units that become one module, which has one format: each alone, or the experts of a projection."""
 
-    def tensors(self, unit: QuantUnit, q: Quantized) -> dict[str, Tensor]:
-        """Those tensors."""
+    def specs(self, units: Sequence[QuantUnit], fmt: Format, dtype: torch.dtype) -> list[TensorSpec]:
+        """Tensors that a group becomes; ``dtype`` is the checkpoint's. Pass-through formats: the weight as it is."""
+
+    def tensors(
+        self, units: Sequence[QuantUnit], qs: Sequence[Quantized], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Those tensors of a quantised group."""
 
     def config(self, allocation: Allocation, index: ModelIndex) -> dict[str, Any]:
         """What is added to config.json."""
@@ -86,6 +92,8 @@ def write_engine_checkpoint(
 def _pieces(
     container: Container, index: ModelIndex, allocation: Allocation, reader: Any, quantizer: str
 ) -> list[_Piece]:
+    import torch
+
     from bitatlas.kernels.formats import FORMATS
     from bitatlas.kernels.packed.shards import DTYPES, TensorSpec
     from bitatlas.kernels.quantizers import get_quantizer
@@ -94,16 +102,23 @@ def _pieces(
     if kind.NEEDS_INPUTS:
         raise UserError(f"{quantizer} is not available for this container", fix="--quantizer mse")
     pieces, whole = [], {k.name for k in index.kept}
-    for unit in index.units:
-        fmt = FORMATS[allocation.formats[unit.key]]
-        if fmt.kind == "float":
-            whole.add(unit.tensor)
+    for units in container.groups(index):
+        fmt = FORMATS[allocation.formats[units[0].key]]
+        dtype = DTYPES[reader.files.tensors[units[0].tensor][1].dtype]
+        specs = container.specs(units, fmt, dtype)
+        if fmt.kind == "float" and len(units) == 1 and specs[0].name == units[0].tensor:
+            whole.add(units[0].tensor)
             continue
 
-        def make(unit: QuantUnit = unit, fmt: Format = fmt) -> dict[str, Tensor]:
-            return container.tensors(unit, kind()(reader.get(unit), fmt))
+        def make(
+            units: list[QuantUnit] = units, fmt: Format = fmt, dtype: torch.dtype = dtype, specs: Any = specs
+        ) -> dict[str, Tensor]:
+            if fmt.kind == "float":
+                parts = [reader.get(u).to(dtype) for u in units]
+                return {specs[0].name: torch.stack(parts) if len(specs[0].shape) == 3 else parts[0]}
+            return container.tensors(units, [kind()(reader.get(u), fmt) for u in units], dtype)
 
-        pieces.append(_Piece(container.specs(unit, fmt), make))
+        pieces.append(_Piece(specs, make))
     for name in sorted(whole):
         info = reader.files.tensors[name][1]
         spec = TensorSpec(name, DTYPES[info.dtype], tuple(info.shape))

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +62,29 @@ def make_index() -> Callable[..., ModelIndex]:
 @pytest.fixture(scope="session")
 def allocate() -> Callable[..., Allocation]:
     return allocation_of
+
+
+@pytest.fixture(scope="session")
+def client() -> Callable[..., str]:
+    """``client("mlx", "mlx_lm", script, *arguments)`` runs Python code where an engine is installed; returns its output.
+
+    That is this interpreter, or the one of the virtual environment NAME in $BITATLAS_CLIENTS (`make clients` makes
+    them). Without either the test is skipped, with the reason.
+    """
+    root = Path(os.environ.get("BITATLAS_CLIENTS") or Path(__file__).parents[3] / ".clients")
+
+    def run(name: str, module: str, script: str, *arguments: object) -> str:
+        python = root / name / "bin" / "python"
+        if not python.exists():
+            if importlib.util.find_spec(module) is None:
+                pytest.skip(
+                    f"{module} is not installed: `make clients`, or name its folder in BITATLAS_CLIENTS"
+                )
+            python = Path(sys.executable)
+        done = subprocess.run(
+            [str(python), "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run

@@ -136,7 +136,7 @@ def test_the_task_writes_weights_only_where_they_are_served(
     done = tasks.export(good, "vllm", tmp_path / "vllm", model=str(source), weights=True, quantizer="mse")
     assert any(f.endswith("-of-00001.safetensors") for f in done["files"])
     with pytest.raises(UserError, match="own tools"):
-        tasks.export(good, "llama.cpp", tmp_path / "gguf", model=str(source), weights=True)
+        tasks.export(good, "auto-round", tmp_path / "gguf", model=str(source), weights=True)
     bad = allocate(index, "int3-g32")
     with pytest.raises(UserError, match="rejects"):
         tasks.export(bad, "vllm", tmp_path / "bad", model=str(source), weights=True)

@@ -1,0 +1,120 @@
+"""torchao: an ``FqnToConfig`` of weight-only integer configs, one per module.
+
+IntxWeightOnlyConfig knows 1 to 8 bits, per group or per row, symmetric or asymmetric, but keeps every code in a byte: it
+shows what a mix does to the model, it saves memory only at 8 bits. What was tried with torchao 0.18 on a CPU: it rejects
+the 3-D parameters that experts are in transformers 5.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable
+from typing import Any
+
+from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit
+from bitatlas.app.targets.base import REJECTED, Finding, Target
+from bitatlas.app.targets.names import is_linear
+
+__all__ = ["TorchAo"]
+
+
+class TorchAo(Target):
+    """A config per linear, by its full name."""
+
+    NAME = "torchao"
+    TITLE = "torchao"
+    SERVES = "transformers with torchao"
+
+    def loads(self, fmt: Format) -> bool:
+        """Every integer width."""
+        return fmt.kind in ("int", "float")
+
+    def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
+        """nn.Linear only, whole groups, no experts."""
+        if fmt.kind == "float":
+            return None
+        if not self.loads(fmt):
+            return super().refuses(unit, fmt, index)
+        if unit.role in ("embed", "head"):
+            return Finding(REJECTED, "the embedding and the head stay at 16 bits", (unit.key,))
+        if unit.expert >= 0:
+            return Finding(
+                REJECTED, "experts are 3-D parameters in transformers, which torchao rejects", (unit.key,)
+            )
+        if not is_linear(unit):
+            return Finding(REJECTED, "only nn.Linear is quantised; this is a Conv1D", (unit.key,))
+        if unit.cols % (fmt.group_size or 1):
+            return Finding(
+                REJECTED, f"groups of {fmt.group_size} do not divide {unit.cols} columns", (unit.key,)
+            )
+        return None
+
+    def engine_bytes(self, allocation: Allocation, index: ModelIndex) -> int:
+        """A byte for every code, a 16-bit scale and an 8-bit zero point per group; the rest as it was."""
+        total = index.kept_bytes
+        for u in index.units:
+            fmt = FORMATS[allocation.formats[u.key]]
+            groups = u.rows * fmt.groups(u.cols)
+            total += u.params * 2 if fmt.kind == "float" else u.params + 3 * groups
+        return total
+
+    def notes(self, allocation: Allocation, index: ModelIndex) -> Iterable[str]:
+        """That nothing gets smaller below 8 bits, and whose rounding it is."""
+        if any(FORMATS[f].bits < 8 for f in allocation.formats.values()):
+            yield f"torchao keeps a byte for every weight: {self.engine_bytes(allocation, index)} bytes in memory"
+        yield "torchao rounds in its own way: symmetric codes are scaled to the negative end of the range"
+
+    def table(self, allocation: Allocation, index: ModelIndex) -> dict[str, dict[str, Any] | None]:
+        """Module -> keywords of IntxWeightOnlyConfig, None for those left alone."""
+        out: dict[str, dict[str, Any] | None] = {}
+        for u in index.units:
+            if not is_linear(u) or u.expert >= 0:
+                continue
+            fmt = FORMATS[allocation.formats[u.key]]
+            mapping = "SYMMETRIC" if fmt.symmetric else "ASYMMETRIC"
+            out[u.key] = None if fmt.kind == "float" else {
+                "weight_dtype": f"int{fmt.bits}", "group_size": fmt.group_size, "mapping_type": mapping,
+            }  # fmt: skip
+        return out
+
+    def render(self, allocation: Allocation, index: ModelIndex) -> dict[str, str]:
+        """The table, a script and the command."""
+        rows = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in self.table(allocation, index).items()]
+        return {
+            "fqn_to_config.json": "{\n" + ",\n".join(rows) + "\n}\n",
+            "quantize.py": _SCRIPT,
+            "run.sh": "#!/bin/sh\nset -e\n" + self.command(allocation, index) + "\n",
+        }
+
+    def command(self, allocation: Allocation, index: ModelIndex) -> str:
+        """Load with the config, save."""
+        return f"python quantize.py {shlex.quote(index.path)} {shlex.quote(index.name + '-torchao')}"
+
+
+_SCRIPT = '''"""Quantise with torchao: python quantize.py MODEL OUT"""
+import json
+import sys
+from collections import OrderedDict
+
+import torch
+from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, MappingType, PerAxis, PerGroup
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+
+
+def fqn_to_config(path):
+    with open(path) as f:
+        table = json.load(f)
+    return FqnToConfig(OrderedDict((name, entry and IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, entry["weight_dtype"]),
+        granularity=PerGroup(entry["group_size"]) if entry["group_size"] else PerAxis(0),
+        mapping_type=MappingType[entry["mapping_type"]])) for name, entry in table.items()))
+
+
+if __name__ == "__main__":
+    source, out = sys.argv[1:3]
+    config = TorchAoConfig(fqn_to_config("fqn_to_config.json"))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", quantization_config=config)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+'''
