@@ -18,6 +18,8 @@ __all__ = [
     "Trust",
     "badge",
     "between_runs",
+    "decode_choice",
+    "encode_choice",
     "judge",
     "sum_of_choices",
     "top_overlap",
@@ -28,6 +30,8 @@ _SMALL_KL = (
     1.0  # nats per token; above it a KL saturates and no second-order prediction can be right in scale
 )
 _BAND = 0.5  # bits
+
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 BADGES: tuple[tuple[str, float, str], ...] = (
     ("trusted", 0.9, "green"),
@@ -123,6 +127,16 @@ class Trust:
         if np.isfinite(self.band_least):
             return self.band_least
         return abs(self.flip_within) if not np.isfinite(self.flip_spearman) else self.flip_within
+
+
+def encode_choice(choice: np.ndarray) -> str:
+    """One character per unit: the position of its format, base 36."""
+    return "".join(_DIGITS[i] for i in choice.tolist())
+
+
+def decode_choice(text: str) -> np.ndarray:
+    """(U,) positions of the formats. Inverse of `encode_choice`."""
+    return np.array([_DIGITS.index(c) for c in text], np.intp)
 
 
 def badge(score: float) -> tuple[str, str]:

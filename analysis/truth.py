@@ -17,19 +17,7 @@ from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import Format
 from bitatlas.kernels.reference import quantize_dequantize
 
-__all__ = ["AllocationTruth", "decode_choice", "encode_choice"]
-
-_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-
-
-def encode_choice(choice: np.ndarray) -> str:
-    """One character per unit: the position of its format, base 36."""
-    return "".join(_DIGITS[i] for i in choice.tolist())
-
-
-def decode_choice(text: str) -> np.ndarray:
-    """(U,) positions of the formats. Inverse of `encode_choice`."""
-    return np.array([_DIGITS.index(c) for c in text], np.intp)
+__all__ = ["AllocationTruth"]
 
 
 class AllocationTruth:

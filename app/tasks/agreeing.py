@@ -13,8 +13,14 @@ import numpy as np
 
 from bitatlas.analysis.fisher.matrix import load_probes
 from bitatlas.analysis.schema import NO_FORMAT, ModelIndex, SensitivityTable, UserError, parse_format
-from bitatlas.analysis.trust import AllocationTruths, Trust, between_runs, judge, sum_of_choices
-from bitatlas.analysis.truth import decode_choice
+from bitatlas.analysis.trust import (
+    AllocationTruths,
+    Trust,
+    between_runs,
+    decode_choice,
+    judge,
+    sum_of_choices,
+)
 from bitatlas.app.tasks.models import register
 from bitatlas.app.views.words import metric_unit
 from bitatlas.cache.paths import Home, atomic_write

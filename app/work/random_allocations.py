@@ -10,7 +10,8 @@ import numpy as np
 from bitatlas.analysis.calibration import CalibrationSet, load_tokenizer, make_calibration
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.schema import ModelIndex, Provenance, UserError, parse_format
-from bitatlas.analysis.truth import AllocationTruth, encode_choice
+from bitatlas.analysis.trust import encode_choice
+from bitatlas.analysis.truth import AllocationTruth
 from bitatlas.app.jobs.work import Work
 from bitatlas.app.work.checkpoint import loadable, unchanged
 from bitatlas.app.work.parts import load_part, save_part

@@ -9,7 +9,8 @@ import torch
 from bitatlas.analysis.divergence import KlReference, token_kl
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.truth import AllocationTruth, decode_choice, encode_choice
+from bitatlas.analysis.trust import decode_choice, encode_choice
+from bitatlas.analysis.truth import AllocationTruth
 from bitatlas.kernels.formats import expand_formats
 from bitatlas.kernels.reference import quantize_dequantize
 
