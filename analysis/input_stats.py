@@ -20,7 +20,7 @@ __all__ = ["InputSource", "collect_inputs", "input_key"]
 
 _SHARED = {"q": "attention", "k": "attention", "v": "attention", "q_a": "attention", "kv_a": "attention",
            "gate": "mlp", "up": "mlp", "shared_gate": "shared", "shared_up": "shared"}  # fmt: skip
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 1024  # with a large vocabulary, logits are what takes the memory
 
 
 def input_key(unit: QuantUnit) -> tuple[int, int, str]:
@@ -33,7 +33,7 @@ def collect_inputs(
 ) -> dict[str, InputStats]:
     """Unit -> its input statistics from one pass of ``tokens`` (S, T). An expert nobody chose has 0 tokens.
 
-    Embeddings are left out: a look-up has no input.
+    Embeddings are left out: a look-up has no input. The head is run only where it is asked for.
     """
     wanted = [u for u in units if u.role != "embed"]
     first: dict[tuple[int, int, str], QuantUnit] = {}
@@ -49,9 +49,11 @@ def collect_inputs(
         counts[key] += len(flat)
 
     step = max(1, batch_tokens // tokens.shape[1])
+    head = any(u.layer < 0 for u in wanted)
     with torch.no_grad(), loaded.capture(add, key_of):
         for start in range(0, len(tokens), step):
-            loaded.logits(torch.from_numpy(np.ascontiguousarray(tokens[start : start + step])))
+            ids = torch.from_numpy(np.ascontiguousarray(tokens[start : start + step]))
+            loaded.logits(ids) if head else loaded.run_body(ids)
     return {u.key: InputStats(sums[input_key(u)], counts[input_key(u)]) for u in wanted}
 
 
@@ -66,7 +68,7 @@ class InputSource:
     """
 
     def __init__(
-        self, loaded: LoadedModel, tokens: np.ndarray, units: Sequence[QuantUnit], limit_bytes: int = 1 << 30
+        self, loaded: LoadedModel, tokens: np.ndarray, units: Sequence[QuantUnit], limit_bytes: int = 1 << 28
     ) -> None:
         self.loaded, self.tokens, self.limit_bytes = loaded, tokens, limit_bytes
         self._units = [u for u in units if u.role != "embed"]

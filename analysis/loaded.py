@@ -101,6 +101,14 @@ class LoadedModel:
         """Next-token logits (B, T, V), float32, of token ids (B, T); keeps the graph when parameters need it."""
         return self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
 
+    def run_body(self, ids: Tensor) -> None:
+        """The model without its head on token ids (B, T), for those who watch its layers."""
+        body = self.model.base_model
+        if body is self.model:
+            self.logits(ids)
+        else:
+            body(input_ids=ids.to(self.device), use_cache=False)
+
     @contextmanager
     def requires_grad(self, units: Iterable[str]) -> Iterator[list[nn.Parameter]]:
         """Parameters that hold these units get gradients inside the block; yields them, each once."""

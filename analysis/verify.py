@@ -6,7 +6,7 @@ are computed once and every allocation is compared with them; nothing of vocabul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bitatlas.analysis.divergence import token_kl, token_nll, top1_changed
 from bitatlas.analysis.loaded import LoadedModel
+from bitatlas.analysis.quantising import UnitQuantizer
 from bitatlas.analysis.schema import ModelIndex, UserError, parse_format
-from bitatlas.kernels.reference import quantize_dequantize
+from bitatlas.kernels.quantizers import get_quantizer
 
 __all__ = ["Verifier", "VerifyResult", "verify_allocation", "verify_many"]
 
@@ -67,6 +68,9 @@ class Verifier:
         batch_tokens: tokens of one forward pass.
         step_tokens: tokens of one step.
         weights_gib: RAM for quantised weights kept between steps; beyond it they are quantised again.
+        quantizer: how codes are chosen, as in packing.
+        calibration: (S, T) int64 tokens for quantisers that need the units' inputs.
+        packed: label -> logits (B, T, V) of token ids (B, T): models that are there already, judged beside the allocations.
 
     Raises:
         UserError: an allocation does not name exactly the units of the index, or there is no text.
@@ -82,6 +86,9 @@ class Verifier:
         batch_tokens: int = 1024,
         step_tokens: int = 2048,
         weights_gib: float = 4.0,
+        quantizer: str = "rtn",
+        calibration: np.ndarray | None = None,
+        packed: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < _MIN_TOKENS:
             raise UserError("there is no text to verify on", found=f"tokens of shape {tokens.shape}")
@@ -97,8 +104,14 @@ class Verifier:
         self._batch = max(1, batch_tokens // tokens.shape[1])
         self._per_step = max(self._batch, step_tokens // tokens.shape[1])
         self._limit = int(weights_gib * 2**30)
-        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._kept: dict[tuple[str, str, str], Tensor] = {}
         self._kept_bytes = 0
+        self._quantizer, self._calibration = get_quantizer(quantizer), calibration
+        if self._quantizer.NEEDS_INPUTS and calibration is None:
+            raise UserError(f"{quantizer} needs a calibration text", found="none was named",
+                            fix="--calibration FILE (text or JSONL)")  # fmt: skip
+        self._packed = dict(packed or {})
+        self._sources: dict[str, UnitQuantizer] = {}
 
     def steps(self) -> list[str]:
         """Step keys."""
@@ -129,18 +142,31 @@ class Verifier:
             kl.append([])
             changed.append([])
             nll.append([token_nll(original, ids).float().numpy()])
-            for formats in self.allocations.values():
-                with self._loaded.swapped(self._weights(formats)):
+            for label, formats in self.allocations.items():
+                with self._loaded.swapped(self._weights(label, formats)):
                     logits = self._loaded.logits(ids)
-                kl[-1].append(token_kl(original, logits).float().numpy())
-                changed[-1].append(top1_changed(original, logits).numpy())
-                nll[-1].append(token_nll(logits, ids).float().numpy())
+                self._judge(ids, original, logits, kl[-1], changed[-1], nll[-1])
+            for model in self._packed.values():
+                self._judge(ids, original, model(ids), kl[-1], changed[-1], nll[-1])
         return {
             "kl": np.concatenate([np.stack(x) for x in kl], 1),
             "changed": np.concatenate([np.stack(x) for x in changed], 1),
             "nll": np.concatenate([np.stack(x) for x in nll], 1),
             "noise": np.array([noise]),
         }
+
+    @staticmethod
+    def _judge(
+        ids: Tensor,
+        original: Tensor,
+        logits: Tensor,
+        kl: list[np.ndarray],
+        changed: list[np.ndarray],
+        nll: list[np.ndarray],
+    ) -> None:
+        kl.append(token_kl(original, logits).float().numpy())
+        changed.append(top1_changed(original, logits).numpy())
+        nll.append(token_nll(logits, ids).float().numpy())
 
     def results(self, parts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, VerifyResult]:
         """Label -> result, from the arrays of all steps (step key -> arrays)."""
@@ -150,7 +176,7 @@ class Verifier:
         nll = np.concatenate([p["nll"] for p in steps], 1).astype(np.float64)
         noise = float(np.mean([p["noise"][0] for p in steps]))
         out: dict[str, VerifyResult] = {}
-        for i, label in enumerate(self.allocations):
+        for i, label in enumerate([*self.allocations, *self._packed]):
             each = kl[i].mean(1)  # (S,)
             n = len(each)
             p50, p99 = np.quantile(kl[i], [0.5, 0.99])
@@ -169,24 +195,41 @@ class Verifier:
             )
         return out
 
+    def results_now(self) -> dict[str, VerifyResult]:
+        """All steps, in this process."""
+        return self.results({step: self.run(step) for step in self.steps()})
+
     def _noise(self, ids: Tensor, batched: Tensor) -> float:
         """Mean KL of the first sequence in its batch against the same sequence in another batch layout."""
         alone = ids[:1] if len(ids) > 1 else ids.expand(2, -1)
         return float(token_kl(batched[:1], self._loaded.logits(alone)[:1]).mean())
 
-    def _weights(self, formats: Mapping[str, str]) -> dict[str, Tensor]:
-        """Quantised weights of an allocation; only the units that change."""
+    def _weights(self, label: str, formats: Mapping[str, str]) -> dict[str, Tensor]:
+        """Quantised weights of an allocation, by the quantiser that packing uses."""
+        # Folded scales hang on the formats of the whole allocation, other codes on the unit's own alone.
+        owner = label if self._quantizer.FOLDS else ""
         out = {}
         for key, name in formats.items():
-            found = self._kept.get((key, name))
+            found = self._kept.get((owner, key, name))
             if found is None:
-                found = quantize_dequantize(self._loaded.handle(key).get(), parse_format(name))
+                found = self._source(owner, formats).effective(
+                    key, self._loaded.handle(key).get(), parse_format(name)
+                )
                 size = found.numel() * found.element_size()
                 if self._kept_bytes + size <= self._limit:
-                    self._kept[key, name] = found
+                    self._kept[owner, key, name] = found
                     self._kept_bytes += size
             out[key] = found
         return out
+
+    def _source(self, owner: str, formats: Mapping[str, str]) -> UnitQuantizer:
+        if owner not in self._sources:
+            # Statistics of the inputs are those of the original model, for every allocation.
+            shared = next((s.source for s in self._sources.values()), None)
+            self._sources[owner] = UnitQuantizer.over(
+                self._quantizer.NAME, self._loaded, self._calibration, formats, source=shared
+            )
+        return self._sources[owner]
 
 
 def verify_many(
@@ -197,8 +240,7 @@ def verify_many(
     **options: Any,
 ) -> dict[str, VerifyResult]:
     """All steps of a `Verifier` in this process: label -> result; ``options`` as there."""
-    verifier = Verifier(loaded, index, tokens, allocations, **options)
-    return verifier.results({step: verifier.run(step) for step in verifier.steps()})
+    return Verifier(loaded, index, tokens, allocations, **options).results_now()
 
 
 def verify_allocation(

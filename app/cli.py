@@ -35,6 +35,10 @@ Target = Annotated[
     str | None, typer.Option("--target", help="Solve or export for this engine; `bitatlas targets`.")
 ]
 Wait = Annotated[bool, typer.Option("--wait/--detach", help="Show progress until the job is done.")]
+Quantizer = Annotated[str, typer.Option("--quantizer", help="How codes are chosen: rtn, mse, gptq, awq.")]
+QuantizerText = Annotated[
+    Path | None, typer.Option("--calibration", help="Text for gptq and awq; the demo brings its own.")
+]
 DEFAULT_FORMATS = "int{2,3,4,5,6,8}-g64"
 
 
@@ -165,19 +169,26 @@ def frontier(
 @guarded
 def verify(
     model: Model,
-    allocation: Annotated[list[Path], typer.Argument(help="Allocation files.")],
+    allocation: Annotated[list[Path], typer.Argument(help="Allocation files, or folders that `pack` wrote.")],
     text: Annotated[Path | None, typer.Option(help="Held-out text; the demo brings its own.")] = None,
     tokens: int = 8192,
     seq_len: int = 256,
     seed: int = 0,
+    quantizer: Quantizer = "rtn",
+    calibration: QuantizerText = None,
+    calibration_tokens: int = 16384,
+    calibration_seq_len: int = 512,
     wait: Wait = True,
     json_output: Json = False,
 ) -> None:
     """Run the allocation for real: KL mean/p50/p99, top-1 flips, perplexity, noise floor."""
     from bitatlas.app import tasks
 
-    result = tasks.verify(model, allocation, text=text, tokens=tokens, seq_len=seq_len, seed=seed, wait=wait,
-                          on_progress=progress_printer(json_output))  # fmt: skip
+    result = tasks.verify(
+        model, allocation, text=text, tokens=tokens, seq_len=seq_len, seed=seed, quantizer=quantizer,
+        calibration=calibration, calibration_tokens=calibration_tokens, calibration_seq_len=calibration_seq_len,
+        wait=wait, on_progress=progress_printer(json_output),
+    )  # fmt: skip
     emit(result, json_output, "verify")
 
 
@@ -222,8 +233,8 @@ def agree(
 @guarded
 def pack(
     model: Model, allocation: Path, output: Annotated[Path, typer.Option("-o", "--output")],
-    quantizer: Annotated[str, typer.Option(help="How codes are chosen: rtn, mse, gptq.")] = "rtn",
-    calibration: Annotated[Path | None, typer.Option(help="Text for gptq; the demo brings its own.")] = None,
+    quantizer: Quantizer = "rtn",
+    calibration: QuantizerText = None,
     tokens: int = 16384, seq_len: int = 512, seed: int = 0, wait: Wait = True, json_output: Json = False,
 ) -> None:  # fmt: skip
     """Quantise and bit-pack into safetensors shards + bitatlas.json. Streaming, resumable."""

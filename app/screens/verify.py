@@ -74,9 +74,9 @@ def _charts(view: views.VerifyView) -> None:
 def _table(view: views.VerifyView) -> None:
     frame = pd.DataFrame(
         [
-            {"allocation": r.label, "bits": r.bits_per_weight, "predicted": r.predicted if r.predicts_kl else None, "KL": r.kl_mean,
+            {"allocation": r.label, "quantizer": r.quantizer + (" (packed)" if r.packed else ""), "bits": r.bits_per_weight, "predicted": r.predicted if r.predicts_kl else None, "KL": r.kl_mean,
              "± s.e.": r.kl_stderr, "p50": r.kl_p50, "p99": r.kl_p99, "flips": r.flips, "perplexity before": r.ppl_before,
-             "after": r.ppl_after, "floor": r.floor, "tokens": r.tokens, "text": r.text, "id": r.allocation}
+             "after": r.ppl_after, "floor": r.floor, "tokens": r.tokens, "text": r.text, "id": r.allocation, "folder": r.packed}
             for r in view.rows
         ]
     )  # fmt: skip
@@ -112,13 +112,21 @@ def _start(study: Study) -> None:
                 "Held-out text (file)", key="verify_text", placeholder="the demo brings its own", width=320
             )
             tokens = st.number_input("Tokens", 256, 1 << 20, 8192, step=1024, key="verify_tokens")
+            quantizer = st.selectbox("Quantiser", tasks.quantizers(), key="verify_quantizer")
+            calibration = st.text_input(
+                "Its calibration text (file)",
+                key="verify_calibration",
+                placeholder="for gptq and awq",
+                width=240,
+            )
 
         def submit() -> None:
             try:
                 file = tasks.confine(text) if text else None
                 st.session_state["job"] = tasks.submit_verify(
-                    study.index.path, open_store().allocation(names[chosen].id), text=file, tokens=int(tokens)
-                )
+                    study.index.path, open_store().allocation(names[chosen].id), text=file, tokens=int(tokens),
+                    quantizer=quantizer, calibration=tasks.confine(calibration) if calibration else None,
+                )  # fmt: skip
             except UserError as error:
                 st.session_state["verify_error"] = error
 
@@ -127,5 +135,13 @@ def _start(study: Study) -> None:
         if error is not None:
             error_box(error)
         cli_twin(
-            command("verify", study.index.path, "allocation.json", text=text or None, tokens=int(tokens))
+            command(
+                "verify",
+                study.index.path,
+                "allocation.json",
+                text=text or None,
+                tokens=int(tokens),
+                quantizer=None if quantizer == "rtn" else quantizer,
+                calibration=calibration or None,
+            )  # fmt: skip
         )

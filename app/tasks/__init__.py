@@ -8,7 +8,7 @@ allocation = tasks.solve("demo", metric="fisher", bits=3.5)
 from bitatlas.app.tasks.agreeing import agree
 from bitatlas.app.tasks.demo import demo, demo_path
 from bitatlas.app.tasks.jobs import jobs_cancel, jobs_list, jobs_logs, jobs_resume, jobs_show, rebuild
-from bitatlas.app.tasks.listing import formats, metrics, solvers, targets
+from bitatlas.app.tasks.listing import formats, metrics, quantizers, solvers, targets
 from bitatlas.app.tasks.measuring import estimate, measure, parse_settings, submit_measure
 from bitatlas.app.tasks.models import confine, open_index, register, scan
 from bitatlas.app.tasks.refining import refine, submit_refine
@@ -48,6 +48,7 @@ __all__ = [
     "open_index",
     "pack",
     "parse_settings",
+    "quantizers",
     "read_allocation",
     "rebuild",
     "refine",

@@ -6,7 +6,7 @@ from typing import Any
 
 from bitatlas.analysis.schema import FORMATS
 
-__all__ = ["formats", "metrics", "solvers", "targets"]
+__all__ = ["formats", "metrics", "quantizers", "solvers", "targets"]
 
 
 def metrics() -> list[dict[str, Any]]:
@@ -27,6 +27,13 @@ def formats() -> list[dict[str, Any]]:
          "symmetric": f.symmetric, "bits_per_weight": f.bits_per_weight(4096, 4096)}
         for f in FORMATS.values()
     ]  # fmt: skip
+
+
+def quantizers() -> list[str]:
+    """Names of the quantisers."""
+    from bitatlas.kernels.quantizers import QUANTIZERS
+
+    return list(QUANTIZERS)
 
 
 def solvers() -> list[dict[str, Any]]:

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bitatlas.analysis.schema import Allocation, UserError
+from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
 from bitatlas.app.tasks.measuring import calibration_file, file_digest
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.solving import read_allocation
+from bitatlas.cache.keys import digest
 from bitatlas.cache.paths import Home
 from bitatlas.cache.store import Store
 
-__all__ = ["submit_verify", "verify"]
+__all__ = ["quantizer_params", "submit_verify", "verify"]
 
 Named = str | Path | Allocation
 
@@ -27,8 +28,19 @@ def submit_verify(
     tokens: int = 8192,
     seq_len: int = 256,
     seed: int = 0,
+    quantizer: str = "rtn",
+    calibration: str | Path | None = None,
+    calibration_tokens: int = 16384,
+    calibration_seq_len: int = 512,
 ) -> str:
-    """Start (or join) the verification of one or several allocations; returns the job's id.
+    """Start (or join) the verification of one or several allocations or packed folders; returns the job's id.
+
+    Args:
+        model: the original.
+        allocations: files, `Allocation` objects, or folders that `pack` wrote.
+        text, tokens, seq_len, seed: the held-out text, and how much of it.
+        quantizer: how codes are chosen; with the defaults the same as in `pack`. A packed folder brings its own.
+        calibration, calibration_tokens, calibration_seq_len: text for quantisers that need one.
 
     Raises:
         UserError: allocation of another model, no text.
@@ -37,12 +49,16 @@ def submit_verify(
     index = register(model)
     store = Store(Home.default())
     named = [allocations] if isinstance(allocations, str | Path | Allocation) else list(allocations)
-    ids = []
+    ids: list[str] = []
+    packed: list[dict[str, str]] = []
     for item in named:
+        if not isinstance(item, Allocation) and Path(item).expanduser().is_dir():
+            packed.append(_packed(Path(item).expanduser().resolve(), index, store))
+            continue
         allocation = item if isinstance(item, Allocation) else read_allocation(item)
         allocation.check_model(index)
         ids.append(store.put_allocation(allocation))
-    if not ids:
+    if not ids and not packed:
         raise UserError("no allocation was named", fix="bitatlas verify MODEL allocation.json")
     file = calibration_file(index.path, text, "eval")
     if file is None:
@@ -55,7 +71,51 @@ def submit_verify(
         "model": index.path, "digest": index.digest, "allocations": list(dict.fromkeys(ids)), "text": str(file),
         "text_sha": file_digest(file), "tokens": tokens, "seq_len": seq_len, "seed": seed,
     }  # fmt: skip
-    return submit("verify", params, f"verify {len(set(ids))} allocation(s) of {index.name}")
+    if packed:
+        params["packed"] = packed
+    if quantizer != "rtn" and ids:
+        params |= quantizer_params(index, quantizer, calibration, calibration_tokens, calibration_seq_len)
+    return submit("verify", params, f"verify {len(set(ids)) + len(packed)} allocation(s) of {index.name}")
+
+
+def quantizer_params(
+    index: ModelIndex, quantizer: str, calibration: str | Path | None, tokens: int, seq_len: int
+) -> dict[str, Any]:
+    """What a job has to know about its quantiser: name, and the calibration text where one is needed.
+
+    Raises:
+        UserError: an unknown quantiser, no text, or an empty one.
+    """
+    from bitatlas.kernels.quantizers import get_quantizer
+
+    params: dict[str, Any] = {"quantizer": quantizer}
+    if not get_quantizer(quantizer).NEEDS_INPUTS:
+        return params
+    text = calibration_file(index.path, calibration)
+    if text is None:
+        raise UserError(f"{quantizer} needs a calibration text", found="none was named",
+                        fix="--calibration FILE (text or JSONL)")  # fmt: skip
+    if min(tokens, seq_len) < 2:
+        raise UserError("tokens and sequence length must be at least 2", found=f"{tokens}, {seq_len}")
+    about = {"calibration": str(text), "calibration_sha": file_digest(text)}
+    return params | about | {"calibration_tokens": tokens, "calibration_seq_len": seq_len}
+
+
+def _packed(folder: Path, index: ModelIndex, store: Store) -> dict[str, str]:
+    """A packed folder as part of a request: where, what it holds, the allocation that it was made from."""
+    from bitatlas.kernels.packed.manifest import Manifest
+
+    manifest = Manifest.read(folder)
+    if manifest.model.get("digest") != index.digest:
+        raise UserError(f"{folder} was packed from another model", found=manifest.model.get("name", "no name"),
+                        fix=f"name the model that it came from, or pack {index.name} again")  # fmt: skip
+    plan = read_allocation(folder / "allocation.json")
+    plan.check_model(index)
+    return {
+        "folder": str(folder),
+        "sha": digest(manifest.to_json()),
+        "allocation": store.put_allocation(plan),
+    }
 
 
 def verify(
@@ -66,6 +126,10 @@ def verify(
     tokens: int = 8192,
     seq_len: int = 256,
     seed: int = 0,
+    quantizer: str = "rtn",
+    calibration: str | Path | None = None,
+    calibration_tokens: int = 16384,
+    calibration_seq_len: int = 512,
     wait: bool = True,
     on_progress: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
@@ -74,6 +138,9 @@ def verify(
     Returns:
         With ``wait`` the result (``results``: one entry per allocation), else the job's status.
     """
-    job = submit_verify(model, allocations, text=text, tokens=tokens, seq_len=seq_len, seed=seed)
+    job = submit_verify(
+        model, allocations, text=text, tokens=tokens, seq_len=seq_len, seed=seed, quantizer=quantizer,
+        calibration=calibration, calibration_tokens=calibration_tokens, calibration_seq_len=calibration_seq_len,
+    )  # fmt: skip
     status = submit_and_wait(job, wait, on_progress)
     return status.result if wait and status.result else status_dict(status)

@@ -33,6 +33,8 @@ class VerifiedRow:
     tokens: int
     text: str
     predicts_kl: bool
+    quantizer: str = "rtn"
+    packed: str = ""
 
     @property
     def ratio(self) -> float:
@@ -63,13 +65,14 @@ def build_verify(
 
     Args:
         allocations: id -> what is stored about it.
-        verifications: rows of the store, newest first; the newest one of each (allocation, text) is shown.
+        verifications: rows of the store, newest first; the newest one of each (allocation, text, quantiser, packed folder) is shown.
         kl_metrics: metrics whose sum is a KL in nats per token; only these can be right or wrong in scale.
     """
-    rows: dict[tuple[str, str], VerifiedRow] = {}
+    rows: dict[tuple[str, ...], VerifiedRow] = {}
     for v in verifications:
         allocation = allocations.get(str(v["allocation"]))
-        key = (str(v["allocation"]), str(v.get("text", "")))
+        quantizer, packed = str(v.get("quantizer") or "rtn"), str(v.get("packed") or "")
+        key = (str(v["allocation"]), str(v.get("text", "")), quantizer, packed)
         if allocation is None or key in rows:
             continue
         rows[key] = VerifiedRow(
@@ -89,7 +92,10 @@ def build_verify(
             floor=float(v.get("floor") or 0.0),
             tokens=int(v["tokens"]),
             text=key[1],
+            # A prediction is for rounding to nearest unless its metric was measured otherwise.
             predicts_kl=allocation.metric in kl_metrics and math.isfinite(allocation.predicted),
+            quantizer=quantizer,
+            packed=packed,
         )
     ordered = tuple(sorted(rows.values(), key=lambda r: (r.weights_bytes, r.kl_mean)))
     floor = max((r.floor for r in ordered), default=0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +16,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bitatlas.analysis.calibration import CalibrationSet
+    from bitatlas.analysis.folding import Folding
     from bitatlas.analysis.input_stats import InputSource
+    from bitatlas.analysis.quantising import UnitQuantizer
     from bitatlas.kernels.packed.manifest import PackedUnit
 
-__all__ = ["SHARD_BYTES", "Packer", "check_output", "check_quantizer", "needs_inputs", "pack_model"]
+__all__ = ["LOSSES", "SHARD_BYTES", "Packer", "check_output", "check_quantizer", "needs_inputs", "pack_model"]
 
+LOSSES = "layer_loss.json"
+_SCALES = "scales"
 SHARD_BYTES = 256 << 20  # small enough that a killed job repeats seconds, large enough for few files
 
 
@@ -70,6 +76,7 @@ class Packer:
         source: ModelIndex | None = None,
         calibration: CalibrationSet | None = None,
     ) -> None:
+        from bitatlas.analysis.folding import find_folds, widened
         from bitatlas.kernels.packed.manifest import Manifest, PackedKept, PackedUnit, plan_shards
         from bitatlas.kernels.quantizers import get_quantizer
 
@@ -86,7 +93,14 @@ class Packer:
                        u.transposed, u.interleaved)
             for u in self.index.units
         ]  # fmt: skip
-        kept = [PackedKept(k.name, k.shape, k.dtype, k.nbytes) for k in self.index.kept]
+        self._folds = find_folds(self.index) if self._quantizer.FOLDS else []
+        wide = widened(self._folds)
+        kept = [
+            PackedKept(k.name, k.shape, "F32", 4 * math.prod(k.shape))
+            if k.name in wide
+            else PackedKept(k.name, k.shape, k.dtype, k.nbytes)
+            for k in self.index.kept
+        ]
         self.manifest = Manifest(
             *plan_shards(units, kept, shard_bytes),
             quantizer=quantizer,
@@ -121,8 +135,9 @@ class Packer:
         return WeightReader(self.index)
 
     def plan(self) -> list[str]:
-        """One step per shard."""
-        return [f"shard-{i + 1:05d}" for i in range(len(self.manifest.shards))]
+        """One step per shard; before them the search for the scales that the quantiser folds, if it does."""
+        shards = [f"shard-{i + 1:05d}" for i in range(len(self.manifest.shards))]
+        return [_SCALES, *shards] if self._quantizer.FOLDS else shards
 
     def run(self, key: str) -> dict[str, Any]:
         """Write one shard, unless it is there already.
@@ -130,17 +145,41 @@ class Packer:
         Raises:
             UserError: NaN or Inf in a weight, the checkpoint changed, the disk is full.
         """
-        number = self.plan().index(key)
+        if key == _SCALES:
+            return {"note": f"{len(self._folding.scales)} scales"}
+        number = int(key.removeprefix("shard-")) - 1
         if number in self.writer.pending():
-            inputs = self._inputs(number) if self._quantizer.NEEDS_INPUTS else None
-            self.writer.write(number, lambda u: self._pack(u, inputs), lambda k: self._reader.kept(k.name))
+            quantizer, losses = self._unit_quantizer(number), dict[str, float]()
+            from bitatlas.kernels.packed.shards import DTYPES
+
+            self.writer.write(
+                number,
+                lambda u: self._pack(u, quantizer, losses),
+                lambda k: self._folding.kept(k.name, self._reader.kept(k.name)).to(DTYPES[k.dtype]),
+            )
+            self._note(losses)
         return {"note": f"{key} of {len(self.manifest.shards)}"}
 
-    def _pack(self, unit: PackedUnit, inputs: InputSource | None) -> dict[str, Tensor]:
+    def _pack(
+        self, unit: PackedUnit, quantizer: UnitQuantizer, losses: dict[str, float]
+    ) -> dict[str, Tensor]:
         from bitatlas.kernels.packed.matrix import pack_weight
 
-        quantizer = self._quantizer(inputs.get(unit.key) if inputs and unit.fmt.kind == "int" else None)
-        return pack_weight(self._reader.get(self._units[unit.key]), unit.fmt, quantizer)
+        weight = quantizer.prepared(unit.key, self._reader.get(self._units[unit.key]))
+        one = quantizer.instance(unit.key, unit.fmt)
+        out = pack_weight(weight, unit.fmt, one)
+        if one.loss is not None:
+            losses[unit.key] = one.loss
+        return out
+
+    def _note(self, losses: dict[str, float]) -> None:
+        """Layer losses of a shard go to the folder, beside those of the shards before."""
+        from bitatlas.kernels.packed.writer import write_text
+
+        path = self.out / LOSSES
+        if losses:
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            write_text(path, json.dumps(known | losses, indent=1, sort_keys=True) + "\n")
 
     @cached_property
     def _loaded(self) -> Any:
@@ -148,19 +187,47 @@ class Packer:
 
         return LoadedModel.open(self.index)
 
-    def _inputs(self, number: int) -> InputSource:
-        """Statistics for the units of one shard."""
+    def _source(self, units: list[QuantUnit]) -> InputSource:
         from bitatlas.analysis.input_stats import InputSource
 
         assert self._calibration is not None
-        units = [self._units[u.key] for u in self.manifest.units if u.shard == number and u.fmt.kind == "int"]
         return InputSource(self._loaded, self._calibration.tokens, units)
+
+    def _unit_quantizer(self, number: int) -> UnitQuantizer:
+        """For the units of one shard."""
+        from bitatlas.analysis.quantising import UnitQuantizer
+
+        if not self._quantizer.NEEDS_INPUTS:
+            return UnitQuantizer(self.manifest.quantizer)
+        units = [
+            self._units[u.key] for u in self.manifest.units if u.shard == number and u.fmt.kind != "float"
+        ]
+        return UnitQuantizer(self.manifest.quantizer, self._source(units), self._folding)
+
+    @cached_property
+    def _folding(self) -> Folding:
+        """The folded scales, searched once and kept in the folder: another shard or a resumed job finds them there."""
+        from bitatlas.analysis.folding import Folding, read_scales, write_scales
+        from bitatlas.analysis.quantising import search_folding
+
+        if not self._quantizer.FOLDS:
+            return Folding()
+        path = self.writer.out / "folded_scales.safetensors"
+        if not path.is_file():
+            found = search_folding(
+                self._loaded, self._source(list(self.index.units)), self.allocation.formats, self._reader.kept,
+                lambda unit: self._loaded.handle(unit.key).get().float(),
+            )  # fmt: skip
+            write_scales(path, found)
+        return read_scales(path, self._folds)
 
     def finish(self) -> dict[str, Any]:
         """Name the manifest. Returns folder, bytes on disk, predicted bytes, bits per weight."""
         folder = self.writer.finish()
         self._reader.close()
         shards = sorted(folder.glob("packed-*.safetensors"))
+        losses = folder / LOSSES
+        total = sum(json.loads(losses.read_text(encoding="utf-8")).values()) if losses.is_file() else None
         return {
             "folder": str(folder),
             "bytes": sum(f.stat().st_size for f in shards),
@@ -168,6 +235,7 @@ class Packer:
             "bits_per_weight": self.manifest.payload_bytes * 8 / self.index.params,
             "shards": len(shards),
             "quantizer": self.manifest.quantizer,
+            **({} if total is None else {"layer_loss": total}),
         }
 
 

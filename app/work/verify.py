@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from bitatlas.analysis.calibration import CalibrationSet, load_tokenizer, make_calibration
 from bitatlas.analysis.loaded import LoadedModel
-from bitatlas.analysis.schema import Allocation, ModelIndex
+from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
 from bitatlas.analysis.verify import Verifier
 from bitatlas.app.jobs.work import Work
 from bitatlas.app.work.checkpoint import loadable, unchanged
 from bitatlas.app.work.parts import load_part, save_part
 from bitatlas.cache.keys import digest
 from bitatlas.cache.store import Store
+from bitatlas.kernels.packed.manifest import Manifest
 
 __all__ = ["VerifyWork"]
+
+
+def _packed_model(packed: dict[str, str]) -> Callable[[Tensor], Tensor]:
+    """Logits of a packed folder, as long as it is the one that the job was asked about."""
+    from bitatlas.kernels.packed import load
+
+    if digest(Manifest.read(Path(packed["folder"])).to_json()) != packed["sha"]:
+        raise UserError(f"{packed['folder']} changed since this job was submitted", fix="submit it again")
+    model = load(packed["folder"])
+    return lambda ids: model(input_ids=ids, use_cache=False).logits.float()
 
 
 class VerifyWork(Work):
@@ -54,7 +69,39 @@ class VerifyWork(Work):
         source = loadable(self.index, self.home)
         loaded = LoadedModel.open(source)
         formats = {key: a.formats for key, a in self.allocations.items()}
-        return Verifier(loaded, source, self.text.tokens, formats)
+        return Verifier(
+            loaded, source, self.text.tokens, formats, quantizer=self.params.get("quantizer", "rtn"),
+            calibration=None if self.calibration is None else self.calibration.tokens,
+            packed={p["folder"]: _packed_model(p) for p in self.params.get("packed", [])},
+        )  # fmt: skip
+
+    @cached_property
+    def calibration(self) -> CalibrationSet | None:
+        """The quantiser's text, made as packing makes it."""
+        p = self.params
+        if not p.get("calibration"):
+            return None
+        source = loadable(self.index, self.home)
+        return make_calibration(
+            load_tokenizer(source.path), p["calibration"], p["calibration_tokens"], p["calibration_seq_len"], 0,
+            vocab_size=source.vocab_size,
+        )  # fmt: skip
+
+    def _about(self, label: str) -> dict[str, Any]:
+        """Which allocation a result is of, how its codes were chosen, and what tells it from others of the same."""
+        settings = {"seq_len": self.params["seq_len"], "seed": self.params["seed"]}
+        for p in self.params.get("packed", []):
+            if p["folder"] == label:
+                quantizer = Manifest.read(Path(label)).quantizer
+                return {"allocation": p["allocation"], "quantizer": quantizer, "packed": label,
+                        "settings": settings | {"packed": p["sha"]}}  # fmt: skip
+        quantizer = self.params.get("quantizer", "rtn")
+        if quantizer != "rtn":
+            settings |= {
+                "quantizer": quantizer,
+                "calibration": self.calibration.digest if self.calibration else "",
+            }
+        return {"allocation": label, "quantizer": quantizer, "packed": "", "settings": settings}
 
     @property
     def _parts(self) -> str:
@@ -77,9 +124,10 @@ class VerifyWork(Work):
         parts = {key: load_part(folder, key) or {} for key in self.verifier.steps()}
         store, results = Store(self.home), []
         for key, result in self.verifier.results(parts).items():
-            allocation, data = self.allocations[key], result.to_dict()
+            about, data = self._about(key), result.to_dict()
+            allocation = store.allocation(about["allocation"])
             row = {
-                "allocation": key,
+                **about,
                 "model_digest": self.params["digest"],
                 "text_digest": self.text.digest,
                 "text": self.text.source,
@@ -93,10 +141,9 @@ class VerifyWork(Work):
                 "ppl_after": data["ppl_after"],
                 "floor": data["noise_floor"],
                 "sequences": data["kl_sequences"],
-                "settings": {"seq_len": self.params["seq_len"], "seed": self.params["seed"]},
             }
             store.put_verification(row)
-            about = {"solver": allocation.solver, "metric": allocation.metric, "bits_per_weight": allocation.bits_per_weight,
+            plan = {"solver": allocation.solver, "metric": allocation.metric, "bits_per_weight": allocation.bits_per_weight,
                      "weights_bytes": allocation.weights_bytes, "predicted": allocation.predicted}  # fmt: skip
-            results.append({**about, **{k: v for k, v in row.items() if k not in ("sequences", "settings")}})
+            results.append({**plan, **{k: v for k, v in row.items() if k not in ("sequences", "settings")}})
         return {"results": results}

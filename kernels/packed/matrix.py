@@ -19,9 +19,9 @@ from bitatlas.kernels.packing import (
     unpack_codes,
     unpack_stream,
 )
-from bitatlas.kernels.reference import Quantized
+from bitatlas.kernels.reference import Quantized, dequantize, quantize_dequantize
 
-__all__ = ["PackedMatrix", "pack_quantized", "pack_weight", "packed_tensors"]
+__all__ = ["PackedMatrix", "pack_quantized", "pack_weight", "packed_tensors", "quantised_weight"]
 
 _FLOAT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _BLOCK_WEIGHTS = 1 << 19  # weights that are dequantised at a time: 2 MiB of float32, a level-2 cache
@@ -60,10 +60,8 @@ def pack_weight(
     """
     if fmt.kind == "float":
         return {"weight": weight.to(_FLOAT[fmt.name])}
-    step = max(_BLOCK_WEIGHTS // max(weight.shape[1], 1), 1)
     codes, scales, zeros = [], [], []
-    for block in weight.split(step):
-        q = quantize(block, fmt)
+    for q in _quantised_blocks(weight, fmt, quantize):
         codes.append(pack_codes(q.codes, fmt.bits))
         scales.append(q.scales)
         if q.zeros is not None:
@@ -73,6 +71,24 @@ def pack_weight(
         # One stream for the matrix: blocks end inside words, so it is packed at the end.
         out["zeros"] = pack_stream(torch.cat(zeros), fmt.bits)
     return out
+
+
+def quantised_weight(weight: Tensor, fmt: Format, quantize: Callable[[Tensor, Format], Quantized]) -> Tensor:
+    """(rows, cols) float32: what `pack_weight` stores, dequantised; the same blocks of rows, hence the same codes.
+
+    Raises:
+        UserError: the weight holds NaN or Inf.
+    """
+    if fmt.kind == "float":
+        return quantize_dequantize(weight, fmt)
+    return torch.cat([dequantize(q) for q in _quantised_blocks(weight, fmt, quantize)])
+
+
+def _quantised_blocks(
+    weight: Tensor, fmt: Format, quantize: Callable[[Tensor, Format], Quantized]
+) -> Iterator[Quantized]:
+    for block in weight.split(max(_BLOCK_WEIGHTS // max(weight.shape[1], 1), 1)):
+        yield quantize(block, fmt)
 
 
 class PackedMatrix(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bitatlas.kernels.errors import UserError
+from bitatlas.kernels.quantizers.awq import Awq
 from bitatlas.kernels.quantizers.base import InputStats, Quantizer
 from bitatlas.kernels.quantizers.gptq import Gptq
 from bitatlas.kernels.quantizers.mse import Mse
@@ -10,7 +11,7 @@ from bitatlas.kernels.quantizers.rtn import Rtn
 
 __all__ = ["QUANTIZERS", "InputStats", "Quantizer", "get_quantizer"]
 
-QUANTIZERS: dict[str, type[Quantizer]] = {q.NAME: q for q in (Rtn, Mse, Gptq)}
+QUANTIZERS: dict[str, type[Quantizer]] = {q.NAME: q for q in (Rtn, Mse, Gptq, Awq)}
 
 
 def get_quantizer(name: str) -> type[Quantizer]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from bitatlas.kernels.formats import Format
@@ -26,6 +27,15 @@ class InputStats:
     hessian: Tensor
     tokens: int
 
+    @property
+    def mean_square(self) -> Tensor:
+        """(cols,) mean square of each input; NaN without tokens."""
+        return self.hessian.diagonal() / (self.tokens or float("nan"))
+
+    def scaled(self, scale: Tensor) -> InputStats:
+        """The same of x / ``scale`` (cols,)."""
+        return InputStats(self.hessian / torch.outer(scale, scale).to(self.hessian), self.tokens)
+
 
 class Quantizer(ABC):
     """Codes for one unit. Made anew for every unit; may be called on blocks of its rows, in any order."""
@@ -34,9 +44,13 @@ class Quantizer(ABC):
     TITLE: ClassVar[str]
     SOURCE: ClassVar[str]
     NEEDS_INPUTS: ClassVar[bool] = False  # calibration text has to be run through the model
+    FOLDS: ClassVar[bool] = False  # scales are folded into the layers before, see `analysis.folding`
 
     def __init__(self, inputs: InputStats | None = None) -> None:
         self.inputs = inputs
+        self.loss: float | None = (
+            None  # the layer's output error per token so far, where the quantiser knows it
+        )
 
     @abstractmethod
     def __call__(self, weight: Tensor, fmt: Format) -> Quantized:

@@ -34,9 +34,9 @@ class Gptq(Quantizer):
 
     def __init__(self, inputs: InputStats | None = None) -> None:
         super().__init__(inputs)
-        self.loss = 0.0
         self._factor: Tensor | None = None
         if inputs is not None and inputs.tokens:
+            self.loss = 0.0
             self._order, self._factor, self._mean_square = _prepare(inputs)
 
     def __call__(self, weight: Tensor, fmt: Format) -> Quantized:
@@ -45,7 +45,7 @@ class Gptq(Quantizer):
             return round_to(weight, search_grid(weight, fmt))
         grid = search_grid(weight, fmt, self._mean_square)
         codes, loss = _compensate(weight.to(torch.float32), grid, self._order, self._factor)
-        self.loss += loss
+        self.loss = (self.loss or 0.0) + loss
         return finished(codes, grid)
 
 

@@ -14,6 +14,7 @@ from bitatlas.analysis.calibration import CalibrationSet
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import Allocation, ModelIndex
+from bitatlas.analysis.verify import Verifier
 from bitatlas.app.jobs.work import load_work
 from bitatlas.app.work.pack import Packer, check_output, check_quantizer, pack_model
 from bitatlas.cache.paths import Home
@@ -170,6 +171,36 @@ def test_gptq_lowers_the_error_that_the_model_sees(
         error[quantizer] = (got - want).square().mean().item()
     assert error["gptq"] < 0.8 * error["rtn"]
     assert "calibration" in json.loads((tmp_path / "gptq" / "bitatlas.json").read_text())["model"]
+
+
+@pytest.mark.parametrize("quantizer", ["awq", "gptq", "mse"])
+@pytest.mark.parametrize("family", ["llama_tied", "qwen2_moe"])
+def test_verify_judges_what_is_packed(
+    quantizer: str, family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    index = index_model(tiny_checkpoint(family, dtype="bfloat16"))
+    rng = np.random.default_rng(0)
+    text, held_out = CalibrationSet.of(rng.integers(1, 250, (24, 16))), rng.integers(1, 250, (4, 16))
+    plan = allocate(index, ("int3-g32", "int2-g32-sym", "int4-channel", "bf16"))
+    # Several shards, stopped in the middle: what was found before is found again, not searched again.
+    first = Packer(index, plan, tmp_path / "packed", quantizer=quantizer, calibration=text, shard_bytes=9_000)
+    for key in first.plan()[:3]:
+        first.run(key)
+    second = Packer(
+        index, plan, tmp_path / "packed", quantizer=quantizer, calibration=text, shard_bytes=9_000
+    )
+    before = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "packed").glob("*.safetensors")}
+    for key in second.plan():
+        second.run(key)
+    second.finish()
+    assert before == {n: (tmp_path / "packed" / n).stat().st_mtime_ns for n in before}
+    packed, loaded = load(tmp_path / "packed"), LoadedModel.open(index)
+    (planned, shipped) = Verifier(
+        loaded, index, held_out, {"plan": plan.formats}, quantizer=quantizer, calibration=text.tokens,
+        packed={"packed": lambda ids: packed(ids).logits},
+    ).results_now().values()  # fmt: skip
+    assert shipped.kl_mean == pytest.approx(planned.kl_mean, rel=1e-3)
+    assert planned.kl_mean > 1e-4
 
 
 def test_gptq_without_text_says_so(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
