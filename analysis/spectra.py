@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitatlas.analysis.measure import MeasureContext
 from bitatlas.analysis.schema import QuantUnit
+from bitatlas.kernels import eigen
 
 __all__ = [
     "FARMS_TILE",
@@ -34,7 +35,7 @@ __all__ = [
 
 FARMS_TILE = 128
 _BLOCK = 1 << 22  # weights in double precision at a time
-_SMALL_END = 1e-4  # of the largest: below, single precision is more than 1e-3 off there
+_SMALL_END = 1e-5  # of the largest: below, single precision is more than a few per cent off there
 _MOST_DOUBLE = 8192  # rows of a Gram matrix in double precision: 512 MiB
 
 
@@ -50,9 +51,14 @@ def slab_eigenvalues(slabs: Callable[[], Iterable[Tensor]], n: int) -> np.ndarra
 
     ``slabs`` is called a second time where single precision does not do for the small end.
     """
-    found = _eigenvalues(_gram(slabs(), n, np.float32))
-    if found[0] < _SMALL_END * found[-1] and n <= _MOST_DOUBLE:
-        found = _eigenvalues(_gram(slabs(), n, np.float64))
+    ours = eigen.available(n)
+    for double in (False, True):
+        if ours:
+            found = eigen.slab_eigenvalues(slabs(), n, double).to(torch.float64).numpy()
+        else:
+            found = _eigenvalues(_gram(slabs(), n, np.float64 if double else np.float32))
+        if found[0] >= _SMALL_END * found[-1] or n > _MOST_DOUBLE:
+            break
     return found
 
 
@@ -137,7 +143,9 @@ def farms_eigenvalues(
 
 def tiles_hill(tiles: Tensor) -> float:
     """PL_Alpha_Hill over the pooled squared singular values of (tiles, size, size)."""
-    return hill_alpha(gram_eigenvalues(tiles).flatten().sort().values)
+    own = eigen.available(tiles.shape[-1])
+    found = eigen.tile_eigenvalues(tiles) if own else gram_eigenvalues(tiles)
+    return hill_alpha(found.flatten().sort().values)
 
 
 def farms_takes_all(rows: int, cols: int, blocks: int = 256, size: int = FARMS_TILE) -> bool:

@@ -11,10 +11,13 @@ from bitatlas.analysis.measure import run_metric
 from bitatlas.analysis.metrics.alphaq import AlphaQ
 from bitatlas.analysis.spectra import (
     farms_eigenvalues,
+    farms_pick,
+    farms_tiles,
     gram_eigenvalues,
     hill_alpha,
     spectral_entropy,
     stable_rank,
+    tiles_hill,
 )
 from bitatlas.kernels.errors import UserError
 
@@ -53,8 +56,10 @@ def test_plain_hill_equals_the_loop_over_singular_values(shape):
     assert hill_alpha(gram_eigenvalues(w)) == pytest.approx(naive_hill(singular), rel=1e-5)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("shape", [(128, 128), (300, 520), (700, 260)])
-def test_farms_equals_a_loop_of_double_precision_svds(shape):
+def test_farms_equals_a_loop_of_double_precision_svds(shape, kernels, monkeypatch):
+    monkeypatch.setenv("BITATLAS_KERNELS", kernels)
     w = heavy(*shape, seed=1)
     down, across = shape[0] // 128, shape[1] // 128
     blocks = min(3, down * across)
@@ -68,6 +73,8 @@ def test_farms_equals_a_loop_of_double_precision_svds(shape):
     assert found.numel() == blocks * 128
     assert bool((found.diff() >= 0).all())
     assert hill_alpha(found) == pytest.approx(naive_hill(pooled), rel=1e-5)
+    pick = farms_pick(*shape, torch.Generator().manual_seed(4), 3)
+    assert tiles_hill(farms_tiles([w], [pick])[0]) == pytest.approx(naive_hill(pooled), rel=1e-5)
 
 
 def test_farms_takes_the_shape_out_and_falls_back_on_small_matrices():
