@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["IMPLEMENTATION", "ExpertWatcher", "use_eager_experts", "watch_experts"]
+__all__ = [
+    "IMPLEMENTATION",
+    "ExpertTap",
+    "ExpertWatcher",
+    "tap_experts",
+    "use_eager_experts",
+    "watch_experts",
+]
 
 IMPLEMENTATION = "bitatlas_eager"
 
@@ -21,7 +28,15 @@ ExpertWatcher = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 """(expert, x (n, hidden), intermediate (n, ffn), token_index (n,), routing_weight (n,)); experts without tokens
 are not reported."""
 
+ExpertTap = Callable[[int, str, Tensor, Tensor], Tensor]
+"""(expert, ``in`` | ``out``, x (n, cols), product (n, rows)) -> the product to go on with. Gate and up are one product."""
+
 _WATCHERS: dict[int, ExpertWatcher] = {}
+_TAPS: dict[int, ExpertTap] = {}
+
+
+def _untapped(expert: int, part: str, x: Tensor, y: Tensor) -> Tensor:
+    return y
 
 
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -41,7 +56,7 @@ def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
         else None
     )
     down_bias = self.down_proj_bias if self.has_bias else None
-    watcher = _WATCHERS.get(id(self))
+    watcher, tap = _WATCHERS.get(id(self)), _TAPS.get(id(self), _untapped)
     by_slot = top_k_index.T
     for e in torch.unique(top_k_index).tolist():
         if not 0 <= e < self.down_proj.shape[0]:
@@ -50,10 +65,12 @@ def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
         slot, token = torch.where(by_slot == e)
         x = hidden_states[token]
         h = _matmul(x, fused[e], None if fused_bias is None else fused_bias[e], self.is_transposed)
+        h = tap(e, "in", x, h)
         h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
         if watcher is not None:
             watcher(e, x.detach(), h.detach(), token, top_k_weights[token, slot].detach())
         y = _matmul(h, self.down_proj[e], None if down_bias is None else down_bias[e], self.is_transposed)
+        y = tap(e, "out", h, y)
         if self.has_post_expert_norm:
             y = self.post_expert_norm(y)
         y = y * top_k_weights[token, slot, None]
@@ -85,6 +102,35 @@ def watch_experts(module: nn.Module, watcher: ExpertWatcher) -> Callable[[], Non
         _WATCHERS.pop(id(module), None)
 
     return end
+
+
+def tap_experts(module: Any, tap: ExpertTap) -> Callable[[], None]:
+    """Show the products of one module's experts to ``tap``, graph and all; returns the function that ends it."""
+    if not hasattr(module, "_apply_gate"):
+        # An instance attribute shadows the class's forward.
+        module.__dict__["forward"] = lambda states: _batched_forward(module, states, tap)
+        return lambda: module.__dict__.pop("forward", None)
+    _TAPS[id(module)] = tap
+
+    def end() -> None:
+        _TAPS.pop(id(module), None)
+
+    return end
+
+
+def _batched_forward(module: Any, hidden_states: Tensor, tap: ExpertTap) -> Tensor:
+    """Llama 4's batched experts, expert by expert, for the tokens routed to each (the others are zero)."""
+    states = hidden_states.view(module.gate_up_proj.shape[0], -1, hidden_states.shape[-1])
+    out = torch.zeros_like(states)
+    for e in range(states.shape[0]):
+        token = states[e].detach().abs().amax(-1).nonzero().flatten()
+        if token.numel():
+            x = states[e][token]
+            gate, up = tap(e, "in", x, x @ module.gate_up_proj[e]).chunk(2, dim=-1)
+            h = up * module.act_fn(gate)
+            y = tap(e, "out", h, h @ module.down_proj[e])
+            out = out.index_put((torch.tensor(e, device=token.device), token), y)
+    return out.view(-1, hidden_states.shape[-1])
 
 
 def _report_batched(module: Any, hidden_states: Tensor, watcher: ExpertWatcher) -> None:

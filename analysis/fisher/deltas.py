@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["DeltaStack", "DeltaStore", "make_stack"]
+__all__ = ["DeltaStack", "DeltaStore", "RotatedStore", "make_stack"]
 
 # |<g, d>| <= |g| |d| = 2**15 stays inside float16 (65504) whatever the vectors are.
 _G_NORM = 2.0**8
@@ -136,3 +136,66 @@ class DeltaStore:
         if key not in self._norms:
             self.get(key)
         return self._norms[key]
+
+
+Basis = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _RotatedStack:
+    """A stack in the eigenbasis of a unit: gradients are rotated before they are squared."""
+
+    inner: DeltaStack
+    basis: Basis
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    @property
+    def norm_sq(self) -> Tensor:
+        return self.inner.norm_sq
+
+    def dot(self, grad: Tensor) -> tuple[Tensor, float]:
+        return self.inner.dot(_rotated(grad.float(), self.basis))
+
+
+class RotatedStore(DeltaStore):
+    """Squares of errors, and of gradients, in a basis of each unit's own: U_left^T x U_right.
+
+    Args:
+        basis: unit key -> (left (rows, rows) or None, right (cols, cols) or None), orthogonal.
+    """
+
+    def __init__(
+        self,
+        weight: Callable[[str], Tensor],
+        candidate: Callable[[str, int], Tensor],
+        n_formats: int,
+        *,
+        limit_bytes: int,
+        basis: Mapping[str, Basis],
+        device: str = "cpu",
+    ) -> None:
+        self._basis = basis
+
+        def rotated_candidate(key: str, f: int) -> Tensor:
+            # The error alone is rotated: that of two matrices would lose digits.
+            return _rotated((candidate(key, f) - weight(key)).to(device), basis[key])
+
+        def origin(key: str) -> Tensor:
+            return torch.zeros(1, device=device).expand_as(weight(key))
+
+        super().__init__(
+            origin, rotated_candidate, n_formats, limit_bytes=limit_bytes, device=device, square=True
+        )
+
+    def get(self, key: str) -> DeltaStack:
+        """The stack of one unit."""
+        return _RotatedStack(super().get(key), self._basis[key])  # type: ignore[return-value]
+
+
+def _rotated(x: Tensor, basis: Basis) -> Tensor:
+    left, right = basis
+    x = x if left is None else left.T @ x
+    return x if right is None else x @ right

@@ -11,10 +11,12 @@ from bitatlas.analysis.metrics.alphaq import AlphaQ
 from bitatlas.analysis.metrics.awq_stats import AwqStats
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
 from bitatlas.analysis.metrics.delta_ce import DeltaCe
+from bitatlas.analysis.metrics.ekfac import EKFac
 from bitatlas.analysis.metrics.fisher_diag import FisherDiag
 from bitatlas.analysis.metrics.fisher_projection import FisherProjection
 from bitatlas.analysis.metrics.hawq_eigenvalue import HawqEigenvalue
 from bitatlas.analysis.metrics.hawq_trace import HawqTrace
+from bitatlas.analysis.metrics.kfac import KFac
 from bitatlas.analysis.metrics.kl_flip import KlFlip
 from bitatlas.analysis.metrics.lim import Lim
 from bitatlas.analysis.metrics.quantmoe_outlier import QuantMoeOutlier
@@ -30,6 +32,8 @@ _TABLE: tuple[type[Metric], ...] = (
     FisherProjection,
     KlFlip,
     FisherDiag,
+    KFac,
+    EKFac,
     DeltaCe,
     HawqTrace,
     HawqEigenvalue,

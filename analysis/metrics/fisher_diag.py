@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from bitatlas.analysis.metrics.base import Parts
-from bitatlas.analysis.metrics.probe_base import PROBE_SETTINGS, ProbeMetric, damage_rows, ratio_stderr
+from bitatlas.analysis.metrics.probe_base import PROBE_SETTINGS, ProbeMetric
 from bitatlas.analysis.schema import DamageRow
 
 if TYPE_CHECKING:
@@ -36,13 +36,4 @@ class FisherDiag(ProbeMetric):
 
     def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
         """Mean over probes; stderr over sequences."""
-        import numpy as np
-
-        j = self.joined(parts)
-        sequences, at = np.unique(j.sequence, return_inverse=True)
-        sums, weight = np.zeros((len(sequences), *j.a.shape[1:])), np.zeros(len(sequences))
-        np.add.at(sums, at, j.a.astype(np.float64))
-        np.add.at(weight, at, j.tokens)
-        draws = max(1, int(self.option(ctx, "draws")))
-        value = 0.5 * sums.sum(0) / weight.sum()
-        return damage_rows(self.NAME, j, value, 0.5 * ratio_stderr(sums, weight), j.reached.sum(0) // draws)
+        return self.square_rows(ctx, parts)

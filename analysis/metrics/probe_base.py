@@ -17,6 +17,7 @@ from bitatlas.analysis.metrics.base import Cost, Metric, Parts, StepResult
 from bitatlas.analysis.schema import DamageRow, QuantUnit, UserError
 
 if TYPE_CHECKING:
+    from bitatlas.analysis.fisher.deltas import DeltaStore
     from bitatlas.analysis.fisher.probes import ProbePass
     from bitatlas.analysis.measure import MeasureContext
 
@@ -75,14 +76,13 @@ class ProbeMetric(Metric):
         """The probes of a chunk of sequences, as arrays."""
         import torch
 
-        from bitatlas.analysis.token_weights import TOKEN_SETTINGS, token_weights
+        from bitatlas.analysis.token_weights import token_weights
 
         group, _, chunk = key.rpartition(": ")
         first, last = (int(n) for n in chunk.split()[1].split("-"))
         units = units_of_group(ctx.index.units, group or ALL_UNITS)
         probes = self._probe_pass(ctx, group or ALL_UNITS, units)
-        options = {name: self.option(ctx, name) for name in TOKEN_SETTINGS}
-        weights = token_weights(ctx, options, probes.loaded)
+        weights = token_weights(ctx, self.token_options(ctx), probes.loaded)
         draws, length = int(self.option(ctx, "draws")), ctx.calibration.tokens.shape[1]
         rows: dict[str, list[Any]] = {n: [] for n in ("a", "gsq", "reached", "sequence", "draw", "tokens")}
         for s in range(first, last + 1):
@@ -124,9 +124,25 @@ class ProbeMetric(Metric):
             }
         )
 
+    def token_options(self, ctx: MeasureContext) -> dict[str, Any]:
+        """Settings of `analysis.token_weights`."""
+        names = ("tokens", "answer_marker", "answer_end", "least_weight", "most_weight")
+        return {name: self.option(ctx, name) for name in names}
+
     def joined(self, parts: Parts) -> Joined:
         """All probes of the run."""
         return join_parts(parts)
+
+    def square_rows(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
+        """Rows of a metric whose probes hold <G^2, dW^2>: half their mean per token, stderr over sequences."""
+        j = self.joined(parts)
+        sequences, at = np.unique(j.sequence, return_inverse=True)
+        sums, weight = np.zeros((len(sequences), *j.a.shape[1:])), np.zeros(len(sequences))
+        np.add.at(sums, at, j.a.astype(np.float64))
+        np.add.at(weight, at, j.tokens)
+        count = j.reached.sum(0) // max(1, int(self.option(ctx, "draws")))
+        value = 0.5 * sums.sum(0) / weight.sum()
+        return damage_rows(self.NAME, j, value, 0.5 * ratio_stderr(sums, weight), count)
 
     def cost(self, ctx: MeasureContext) -> Cost:
         """One forward per sequence and group, one backward per draw down to the group, one rounding of every weight."""
@@ -151,28 +167,35 @@ class ProbeMetric(Metric):
 
     def _groups(self, ctx: MeasureContext) -> dict[str, tuple[QuantUnit, ...]]:
         limit = int(float(self.option(ctx, "gradient_bytes"))) or default_bytes(ctx)
-        # The errors of all formats in half precision, and a gradient.
-        each = 2 * len(ctx.formats) + 4
         layers = int(self.option(ctx, "group_layers"))
-        return gradient_groups(ctx.index.units, limit, lambda u: each * u.params, layers)
+        return gradient_groups(ctx.index.units, limit, lambda u: self._unit_bytes(ctx, u), layers)
+
+    def _unit_bytes(self, ctx: MeasureContext, unit: QuantUnit) -> float:
+        """The errors of all formats in half precision, and a gradient."""
+        return float((2 * len(ctx.formats) + 4) * unit.params)
+
+    def _store(self, ctx: MeasureContext, units: tuple[QuantUnit, ...], limit: int) -> DeltaStore:
+        """What gradients are multiplied by."""
+        from bitatlas.analysis.fisher.deltas import DeltaStore
+
+        return DeltaStore(
+            lambda key: ctx.weight(ctx.unit_by_key[key]),
+            lambda key, f: ctx.candidate(ctx.unit_by_key[key], ctx.formats[f]),
+            len(ctx.formats),
+            limit_bytes=limit,
+            device=ctx.device,
+            square=self.SQUARE,
+        )
 
     def _probe_pass(self, ctx: MeasureContext, group: str, units: tuple[QuantUnit, ...]) -> ProbePass:
         """The pass over a group in this process; the errors of its weights are computed once."""
-        from bitatlas.analysis.fisher.deltas import DeltaStore
         from bitatlas.analysis.fisher.probes import ProbePass
 
         if self._pass is None or self._pass[0] is not ctx or self._pass[1] != group:
             self._pass = None  # the errors of the last group make room
             limit = int(float(self.option(ctx, "gradient_bytes"))) or default_bytes(ctx)
             loaded = ctx.loaded_in(str(self.option(ctx, "dtype")))
-            store = DeltaStore(
-                lambda key: ctx.weight(ctx.unit_by_key[key]),
-                lambda key, f: ctx.candidate(ctx.unit_by_key[key], ctx.formats[f]),
-                len(ctx.formats),
-                limit_bytes=limit,
-                device=ctx.device,
-                square=self.SQUARE,
-            )
+            store = self._store(ctx, units, limit)
             keys = [u.key for u in units]
             self._pass = ctx, group, ProbePass(loaded, keys, store, str(self.option(ctx, "score")))
         return self._pass[2]
