@@ -16,7 +16,7 @@ from bitatlas.analysis.schema import QuantUnit
 if TYPE_CHECKING:
     from bitatlas.analysis.measure import MeasureContext
 
-__all__ = ["SHARED_INPUT", "layer_groups", "watch_units"]
+__all__ = ["SHARED_INPUT", "Watch", "layer_groups", "watch_units"]
 
 Watch = Callable[[str, Tensor, np.ndarray, Tensor | None], None]
 """(unit key, x (n, cols), sequence of each row (n,) int64, routing weight (n,) or None)."""

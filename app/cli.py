@@ -27,7 +27,10 @@ Model = Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file, hub id
 Formats = Annotated[str, typer.Option("--formats", help="Comma list; braces expand: int{2,3,4}-g64.")]
 Metric = Annotated[
     str,
-    typer.Option("--metric", help="`bitatlas metrics` lists them; a comma list where several make sense."),
+    typer.Option(
+        "--metric",
+        help="`bitatlas metrics` lists them; a comma list, or `all` that apply, where several make sense.",
+    ),
 ]
 Solver = Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists them.")]
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="REGEX=FORMAT, repeatable; later rules win.")]

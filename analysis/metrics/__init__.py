@@ -7,20 +7,28 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bitatlas.analysis.metrics.activation_error import ActivationError
+from bitatlas.analysis.metrics.activation_magnitude import ActivationMagnitude
 from bitatlas.analysis.metrics.alphaq import AlphaQ
 from bitatlas.analysis.metrics.awq_stats import AwqStats
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
+from bitatlas.analysis.metrics.block_influence import BlockInfluence
+from bitatlas.analysis.metrics.camera_energy import CameraEnergy
+from bitatlas.analysis.metrics.coactivation import Coactivation
 from bitatlas.analysis.metrics.delta_ce import DeltaCe
 from bitatlas.analysis.metrics.ekfac import EKFac
+from bitatlas.analysis.metrics.expert_error import ExpertError
 from bitatlas.analysis.metrics.fisher_diag import FisherDiag
 from bitatlas.analysis.metrics.fisher_projection import FisherProjection
+from bitatlas.analysis.metrics.gptq_error import GptqError
 from bitatlas.analysis.metrics.hawq_eigenvalue import HawqEigenvalue
 from bitatlas.analysis.metrics.hawq_trace import HawqTrace
 from bitatlas.analysis.metrics.kfac import KFac
 from bitatlas.analysis.metrics.kl_flip import KlFlip
 from bitatlas.analysis.metrics.lim import Lim
+from bitatlas.analysis.metrics.massive_activations import MassiveActivations
 from bitatlas.analysis.metrics.quantmoe_outlier import QuantMoeOutlier
 from bitatlas.analysis.metrics.routing import Routing
+from bitatlas.analysis.metrics.slim_salience import SlimSalience
 from bitatlas.analysis.metrics.spectral import Spectral
 from bitatlas.analysis.metrics.weight_error import WeightError
 from bitatlas.analysis.metrics.zd import Zd
@@ -39,13 +47,21 @@ _TABLE: tuple[type[Metric], ...] = (
     HawqEigenvalue,
     WeightError,
     ActivationError,
+    GptqError,
     AwqStats,
+    ActivationMagnitude,
+    MassiveActivations,
+    SlimSalience,
     AlphaQ,
     Spectral,
     QuantMoeOutlier,
     Lim,
+    BlockInfluence,
     Zd,
     Routing,
+    Coactivation,
+    ExpertError,
+    CameraEnergy,
 )
 
 METRICS: dict[str, type[Metric]] = {metric.NAME: metric for metric in _TABLE}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.analysis.capture import SHARED_INPUT, layer_groups, watch_units
+from bitatlas.analysis.capture import SHARED_INPUT, Watch, layer_groups, watch_units
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult, unknown_rows
@@ -18,7 +18,7 @@ from bitatlas.analysis.schema import DamageRow, QuantUnit
 from bitatlas.kernels.formats import Format
 from bitatlas.kernels.reference import quantize_dequantize
 
-__all__ = ["ActivationError", "InputMoments", "collect_moments", "relative_stderr"]
+__all__ = ["ActivationError", "InputMoments", "collect_moments", "error_sketch", "relative_stderr"]
 
 _SKETCH = 64  # random output directions whose energy is followed sequence by sequence
 _BLOCK = 1 << 22  # weights rounded at a time
@@ -59,7 +59,7 @@ class ActivationError(Metric):
         """One pass over the text for a group of layers, then every unit in every format."""
         units = layer_groups(ctx.index.units, int(self.option(ctx, "moment_bytes")))[key]
         tokens = ctx.calibration.tokens
-        sketches = {u.key: self._sketch(ctx, u) for u in units}
+        sketches = {u.key: error_sketch(ctx, u) for u in units}
         moments = collect_moments(
             ctx,
             units,
@@ -78,18 +78,6 @@ class ActivationError(Metric):
             else:
                 rows += self._rows(ctx, unit, found, tokens.size)
         return StepResult(rows)
-
-    def _sketch(self, ctx: MeasureContext, unit: QuantUnit) -> Tensor:
-        """(cols, r): dW^T R of the middle format, R random signs (rows, r) / sqrt(r), or the identity."""
-        fmt = sorted(ctx.formats, key=lambda f: f.bits)[len(ctx.formats) // 2]
-        if unit.rows <= _SKETCH:
-            return torch.cat(list(_errors(ctx.weight(unit), fmt))).T
-        signs = ctx.rng("sketch", unit.key).integers(0, 2, (unit.rows, _SKETCH)) * 2.0 - 1
-        directions = torch.from_numpy(signs / _SKETCH**0.5).float().split(_rows_at_once(unit.cols))
-        out = torch.zeros(unit.cols, _SKETCH)
-        for error, part in zip(_errors(ctx.weight(unit), fmt), directions):
-            out += error.T @ part
-        return out
 
     def _rows(self, ctx: MeasureContext, unit: QuantUnit, found: InputMoments, n: int) -> list[DamageRow]:
         weight = ctx.weight(unit).to(ctx.loaded.device)
@@ -172,12 +160,14 @@ def collect_moments(
     sketches: dict[str, Tensor],
     routing_weight: bool,
     batch_tokens: int,
+    also: Watch | None = None,
 ) -> dict[str, InputMoments]:
     """One pass over the calibration text; units that no token reached are missing from the result.
 
     Args:
         sketches: unit key -> (cols, r) directions to follow per sequence.
         routing_weight: weigh an expert's tokens with their squared routing weight.
+        also: told the inputs of the units whose own second moment is kept, as they come.
     """
     sequences = len(ctx.calibration.tokens)
     found: dict[str, InputMoments] = {}
@@ -197,6 +187,8 @@ def collect_moments(
             found[key] = moments
         if moments.second is not None:
             recent.append((key, x))
+            if also is not None:
+                also(key, x, sequence, weight)
         x = x.float()
         if weight is not None and routing_weight:
             x = x * weight.float().unsqueeze(-1)
@@ -208,6 +200,19 @@ def collect_moments(
 
     watch_units(ctx, units, watch, batch_tokens, before_batch=recent.clear)
     return found
+
+
+def error_sketch(ctx: MeasureContext, unit: QuantUnit) -> Tensor:
+    """(cols, r): dW^T R of the middle format, R random signs (rows, r) / sqrt(r), or the identity."""
+    fmt = sorted(ctx.formats, key=lambda f: f.bits)[len(ctx.formats) // 2]
+    if unit.rows <= _SKETCH:
+        return torch.cat(list(_errors(ctx.weight(unit), fmt))).T
+    signs = ctx.rng("sketch", unit.key).integers(0, 2, (unit.rows, _SKETCH)) * 2.0 - 1
+    directions = torch.from_numpy(signs / _SKETCH**0.5).float().split(_rows_at_once(unit.cols))
+    out = torch.zeros(unit.cols, _SKETCH)
+    for error, part in zip(_errors(ctx.weight(unit), fmt), directions):
+        out += error.T @ part
+    return out
 
 
 def _rows_at_once(cols: int) -> int:

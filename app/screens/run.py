@@ -50,6 +50,8 @@ def _request(study: Study) -> views.RunRequest:
     table = _metrics()
     names = st.multiselect("Metrics", list(table), _default(list(table)), key="metrics", bind="query-params",
                            help="Each stands for one question; the cost of every one is below.")  # fmt: skip
+    st.button("All that apply", key="all_metrics", icon=":material/select_all:", on_click=_choose_all, args=(study.index.path,),
+              help="Every metric that this model has an answer for; mixture-of-experts metrics only where there are experts.")  # fmt: skip
     with st.container(horizontal=True, vertical_alignment="bottom"):
         bits = st.pills(
             "Bits", views.BITS, selection_mode="multi", default=views.BITS, key="bits", bind="query-params"
@@ -80,6 +82,13 @@ def _metrics() -> dict[str, dict[str, Any]]:
 
 def _default(names: list[str]) -> list[str]:
     return [n for n in names if n.startswith("fisher")][:1] or names[:1]
+
+
+def _choose_all(path: str) -> None:
+    from bitatlas.app import tasks
+
+    names, _ = tasks.applicable_metrics(path, needs_text=False)
+    st.session_state["metrics"] = list(names)
 
 
 def _estimate(study: Study, request: views.RunRequest) -> tuple[list[dict[str, object]], UserError | None]:

@@ -9,7 +9,13 @@ from bitatlas.app.tasks.agreeing import agree
 from bitatlas.app.tasks.demo import demo, demo_path
 from bitatlas.app.tasks.jobs import jobs_cancel, jobs_list, jobs_logs, jobs_resume, jobs_show, rebuild
 from bitatlas.app.tasks.listing import formats, metrics, quantizers, solvers, targets
-from bitatlas.app.tasks.measuring import estimate, measure, parse_settings, submit_measure
+from bitatlas.app.tasks.measuring import (
+    applicable_metrics,
+    estimate,
+    measure,
+    parse_settings,
+    submit_measure,
+)
 from bitatlas.app.tasks.models import confine, open_index, register, scan
 from bitatlas.app.tasks.refining import refine, submit_refine
 from bitatlas.app.tasks.shipping import check, export, generate, pack, submit_pack
@@ -26,6 +32,7 @@ from bitatlas.app.tasks.verifying import submit_verify, verify
 
 __all__ = [
     "agree",
+    "applicable_metrics",
     "build_problem",
     "check",
     "confine",

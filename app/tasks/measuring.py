@@ -12,6 +12,7 @@ from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
 from bitatlas.app.tasks.models import register
 
 __all__ = [
+    "applicable_metrics",
     "calibration_file",
     "estimate",
     "file_digest",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 Progress = Callable[[Any], None]
+_ALL = ["all"]
 
 
 def metric_names(metric: str | Iterable[str]) -> tuple[str, ...]:
@@ -33,14 +35,57 @@ def metric_names(metric: str | Iterable[str]) -> tuple[str, ...]:
     """
     from bitatlas.analysis.metrics import METRICS, get_metric
 
-    raw = metric.split(",") if isinstance(metric, str) else list(metric)
-    wanted = [m.strip() for m in raw if m.strip()]
-    if wanted == ["all"]:
+    wanted = _named(metric)
+    if wanted == _ALL:
         return tuple(METRICS)
     if not wanted:
         raise UserError("no metric was named", fix="bitatlas metrics")
     emitted = {name: m.NAME for m in METRICS.values() for name in m.EMITS}
     return tuple(dict.fromkeys(emitted.get(name) or get_metric(name).NAME for name in wanted))
+
+
+def _named(metric: str | Iterable[str]) -> list[str]:
+    raw = metric.split(",") if isinstance(metric, str) else list(metric)
+    return [m.strip() for m in raw if m.strip()]
+
+
+def applicable_metrics(
+    model: str | Path,
+    *,
+    formats: str | Iterable[str] = "int{2,3,4,5,6,8}-g64",
+    calibration: str | Path | None = None,
+    tokens: int = 8192,
+    seq_len: int = 128,
+    needs_text: bool = True,
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """What ``all`` means for a model: metrics that can be measured, the cheapest first, and why others cannot.
+
+    Args:
+        needs_text: a metric that reads text is left out where there is none; False = suppose that there will be one.
+
+    Raises:
+        UserError: the model or the named text.
+    """
+    from bitatlas.analysis.measure import MeasureContext
+    from bitatlas.analysis.metrics import METRICS, get_metric
+
+    index = register(model)
+    text = calibration_file(index.path, calibration)
+    ctx = MeasureContext(index, expand_formats(formats), tokens=tokens, seq_len=seq_len)
+    passes: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    for name, kind in METRICS.items():
+        if needs_text and text is None and kind.NEEDS != "weights":
+            skipped[name] = "it needs a calibration text: --calibration FILE"
+            continue
+        try:
+            metric = get_metric(name)
+            metric.plan(ctx)
+            cost = metric.cost(ctx)
+            passes[name] = cost.forward_tokens + 2 * cost.backward_tokens
+        except UserError as e:
+            skipped[name] = f"{e.what} ({e.found})" if e.found else e.what
+    return tuple(sorted(passes, key=passes.__getitem__)), skipped
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
@@ -95,11 +140,15 @@ def measure_params(
     """
     from bitatlas.analysis.metrics import METRICS
 
-    names = metric_names(metric)
     index = register(model)
     for name, needed in (("tokens", tokens), ("sequence length", seq_len)):
         if needed < 2:
             raise UserError(f"the {name} must be at least 2", found=str(needed))
+    names = metric_names(metric)
+    if _named(metric) == _ALL:
+        names, _ = applicable_metrics(
+            model, formats=formats, calibration=calibration, tokens=tokens, seq_len=seq_len
+        )
     text = calibration_file(index.path, calibration)
     needy = [n for n in names if METRICS[n].NEEDS != "weights"]
     if needy and text is None:
@@ -181,7 +230,7 @@ def measure(
     """Measure as a durable job. Two calls with the same arguments are one job.
 
     Returns:
-        The job's status; with ``wait`` its result.
+        The job's status; with ``wait`` its result. With the metric ``all`` also ``skipped``: metric -> why not here.
 
     Raises:
         UserError: the request, or (with ``wait``) the job's own error.
@@ -196,7 +245,12 @@ def measure(
         seed=seed,
         settings=settings,
     )
-    return status_dict(submit_and_wait(job, wait, on_progress))
+    status = status_dict(submit_and_wait(job, wait, on_progress))
+    if _named(metric) == _ALL:
+        _, status["skipped"] = applicable_metrics(
+            model, formats=formats, calibration=calibration, tokens=tokens, seq_len=seq_len
+        )
+    return status
 
 
 def estimate(
@@ -207,16 +261,31 @@ def estimate(
     tokens: int = 8192,
     seq_len: int = 128,
 ) -> list[dict[str, Any]]:
-    """What a measurement would take, metric by metric; nothing is loaded."""
+    """What a measurement would take, metric by metric; nothing is loaded.
+
+    For ``all``, metrics that do not apply come last, with the reason as ``skipped`` and no seconds.
+    """
     from bitatlas.analysis import cost as costs
     from bitatlas.analysis.measure import MeasureContext
     from bitatlas.analysis.metrics import get_metric
 
     index = register(model)
     ctx = MeasureContext(index, expand_formats(formats), tokens=tokens, seq_len=seq_len)
+    every = _named(metric) == _ALL
+    names = metric_names(metric)
+    skipped: dict[str, str] = {}
+    if every:
+        names, skipped = applicable_metrics(
+            model, formats=formats, tokens=tokens, seq_len=seq_len, needs_text=False
+        )
     rows = []
-    for name in metric_names(metric):
+    for name in names:
         cost = costs.estimate(get_metric(name), ctx)
         rows.append({"metric": name, "steps": cost.steps, "bytes_read": cost.bytes_read, "forward_tokens": cost.forward_tokens,
-                     "backward_tokens": cost.backward_tokens, "seconds": cost.seconds})  # fmt: skip
+                     "backward_tokens": cost.backward_tokens, "seconds": cost.seconds} | ({"skipped": ""} if every else {}))  # fmt: skip
+    rows += [
+        {"metric": name, "steps": 0, "bytes_read": 0, "forward_tokens": 0, "backward_tokens": 0,
+         "seconds": float("nan"), "skipped": why}
+        for name, why in skipped.items()
+    ]  # fmt: skip
     return rows

@@ -189,7 +189,7 @@ def test_jobs_can_be_looked_at(path: dict[str, Any], cli: Cli):
 def test_estimate_names_a_cost_for_every_metric(cli: Cli, model: Path):
     rows = cli("estimate", model, "--metric", "all", "--tokens", 512, "--seq-len", 32)
     assert len(rows) >= 6
-    assert all(r["seconds"] > 0 for r in rows)
+    assert all(r["seconds"] > 0 for r in rows if not r["skipped"])
 
 
 def test_refining_keeps_the_budget_and_never_gets_worse_where_it_judges(

@@ -143,6 +143,11 @@ def test_run_estimates_before_it_starts(filled, home, tiny_checkpoint):
     assert "takes about" in heading(at)
     assert at.button(key="start").label == "Measure"
     assert any("bitatlas measure" in c.value and "--metric weight_error" in c.value for c in at.code)
+    at.button(key="all_metrics").click().run()
+    chosen = at.multiselect(key="metrics").value
+    assert "fisher_projection" in chosen
+    assert "routing" not in chosen
+    assert "takes about" in heading(at)
     at.multiselect(key="metrics").set_value([]).run()
     assert any("no metric is chosen" in e.value.lower() for e in at.error)
 
