@@ -28,13 +28,6 @@ class TestConformance(MetricConformance):
         return Case(ActivationMagnitude, lambda seed: context("mixtral", "int4-g32", seed))
 
 
-class TestMassive(MetricConformance):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def case(cls, context):
-        return Case(MassiveActivations, lambda seed: context("llama", "int4-g32", seed))
-
-
 def seen_inputs(ctx):
     """unit key -> {sequence: (n, cols) float64 inputs}."""
     found = {}

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conformance_metric import Case, MetricConformance
 
 from bitatlas.analysis import sequences
 from bitatlas.analysis.measure import run_metric
@@ -22,27 +21,6 @@ from bitatlas.kernels.reference import quantize_dequantize
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     monkeypatch.setattr(sequences, "STEP_TOKENS", 60)
-
-
-class TestCoactivation(MetricConformance):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def case(cls, context):
-        return Case(Coactivation, lambda seed: context("mixtral", "int4-g32", seed))
-
-
-class TestExpertError(MetricConformance):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def case(cls, context):
-        return Case(ExpertError, lambda seed: context("mixtral", "int2-g32", seed))
-
-
-class TestCamera(MetricConformance):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def case(cls, context):
-        return Case(CameraEnergy, lambda seed: context("qwen2_moe", "int4-g32", seed))
 
 
 def unfused(ctx, layer):
