@@ -166,6 +166,7 @@ def _newest(store: Store, digest: str, units: int) -> dict[str, MetricInfo]:
 def stamp(store: Store, digest: str) -> tuple[str, ...]:
     """Changes whenever anything is added to the study: the key under which a loaded study may be kept."""
     runs = [f"{e.metric}:{e.run}" for e in store.metrics_of(digest)]
+    runs += [r.run for r in store.runs(digest) if r.finished is not None and r.metric == "random_allocations"]
     plans = [str(a.id) for a in store.allocations(digest)]
     return (*runs, *plans, *(str(v["id"]) for v in store.verifications(digest)))
 

@@ -12,9 +12,10 @@ from bitatlas.app.sizes import format_bytes
 from bitatlas.app.studies import Study
 from bitatlas.app.views import fit as views
 from bitatlas.app.views import fit_controls as controls
+from bitatlas.app.views import metric_agreement as views_of_trust
 from bitatlas.app.widgets import fit_cache
 from bitatlas.app.widgets.boxes import empty_state, error_box
-from bitatlas.app.widgets.data import the_study
+from bitatlas.app.widgets.data import get_trust, the_study
 from bitatlas.app.widgets.frame import show_budget, title
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.twin import cli_twin, downloads
@@ -51,6 +52,8 @@ def _controls(study: Study) -> controls.Asked:
         key="fit_metric",
         bind="query-params",
     )
+    trust = get_trust(study.index.digest)
+    st.markdown(views_of_trust.trust_badge(metric, trust), help=views_of_trust.trust_line(metric, trust))
     measured = study.tables[metric].formats
     formats = st.multiselect(
         "Allowed formats", measured, default=controls.usual(measured), key="fit_formats", bind="query-params"

@@ -13,9 +13,10 @@ from bitatlas.app.charts import sensitivity_map as chart
 from bitatlas.app.studies import Study
 from bitatlas.app.views import sensitivity_map as views
 from bitatlas.app.views import unit_table
+from bitatlas.app.views.metric_agreement import trust_badge, trust_line
 from bitatlas.app.views.words import count
 from bitatlas.app.widgets.boxes import empty_state, error_box
-from bitatlas.app.widgets.data import the_study
+from bitatlas.app.widgets.data import get_trust, the_study
 from bitatlas.app.widgets.frame import title
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.picking import picked
@@ -70,6 +71,10 @@ def _controls(study: Study) -> views.MapControls:
                 bind="query-params",
                 help="Sort the experts of each layer by damage",
             )
+        st.markdown(
+            trust_badge(metric, get_trust(study.index.digest)),
+            help=trust_line(metric, get_trust(study.index.digest)),
+        )
         st.segmented_control("Select by", chart.PICKS, default="box", required=True, key="pick", bind="query-params",
                              help="Shift adds to the selection. A double click clears it.")  # fmt: skip
     return views.MapControls(metric, chosen, projection, normalise, ordered)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import streamlit as st
 
+from bitatlas.analysis.schema import UserError
+from bitatlas.analysis.trust import Trust
 from bitatlas.app import studies
 from bitatlas.app.studies import Study, StudyInfo
+from bitatlas.app.tasks.agreeing import trust_rows
+from bitatlas.app.views.metric_agreement import matrix
 
-__all__ = ["forget", "get_freshness", "get_studies", "get_study", "the_study"]
+__all__ = ["forget", "get_freshness", "get_matrix", "get_studies", "get_study", "get_trust", "the_study"]
 
 _Signature = tuple[tuple[int, int], ...]
 
@@ -33,6 +38,18 @@ def the_study() -> Study | None:
     """The study chosen in the frame, None while there is none."""
     digest = st.session_state.get("_study")
     return get_study(digest) if digest else None
+
+
+def get_trust(digest: str) -> list[Trust]:
+    """The trust table of a model, best metric first; empty while no truth has been measured."""
+    root, signature = _key()
+    return _trust(root, digest, _stamp(root, signature, digest))
+
+
+def get_matrix(digest: str, format: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names and rank correlations of every two metrics at a format."""
+    root, signature = _key()
+    return _matrix(root, digest, _stamp(root, signature, digest), format)
 
 
 def get_freshness() -> dict[str, str]:
@@ -87,3 +104,19 @@ def _stamp(root: str, signature: _Signature, digest: str) -> tuple[str, ...]:
 @st.cache_resource(max_entries=4, show_spinner="Opening the study")
 def _load(root: str, digest: str, stamp: tuple[str, ...]) -> Study:
     return studies.load_study(studies.open_store(), digest)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _trust(root: str, digest: str, stamp: tuple[str, ...]) -> list[Trust]:
+    home, store = studies.home(), studies.open_store()
+    try:
+        return trust_rows(store, store.model(digest), home)
+    except UserError:
+        return []
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _matrix(
+    root: str, digest: str, stamp: tuple[str, ...], format: str
+) -> tuple[tuple[str, ...], np.ndarray]:
+    return matrix(_load(root, digest, stamp), format)

@@ -1,0 +1,69 @@
+"""Metrics, Unit and Experts without a browser: empty store, sample study, deep links."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
+
+import bitatlas.app
+
+MAIN = Path(next(iter(bitatlas.app.__path__))) / "main.py"
+
+
+def open_page(address: str, **query: str) -> AppTest:
+    st.cache_data.clear()
+    st.cache_resource.clear()
+    at = AppTest.from_file(str(MAIN), default_timeout=60)
+    for key, value in query.items():
+        at.query_params[key] = value
+    at._page_hash = calc_hash(address)
+    at.run()
+    assert not at.exception, [e.value for e in at.exception]
+    return at
+
+
+def heading(at: AppTest) -> str:
+    return next(m.value for m in at.markdown if m.value.startswith("## "))
+
+
+@pytest.mark.parametrize("address", ["metrics", "unit", "experts"])
+def test_empty_store(home, address):
+    at = open_page(address)
+    assert "yet" in heading(at)
+    assert "Measure a model" in [e.proto.label for e in at.get("page_link")]
+
+
+def test_metrics_from_a_link(filled):
+    at = open_page(
+        "metrics",
+        study=filled[0],
+        metric_x="fisher_projection",
+        metric_y="alphaq_alpha",
+        format="int4-g64",
+        top_k="5",
+    )
+    assert "fisher\\_projection and alphaq\\_alpha" in heading(at)
+    assert at.number_input(key="top_k").value == 5
+    assert any("bitatlas truth" in c.value for c in at.code)  # no truth here: how to get one
+
+
+def test_unit_from_a_link_and_on_by_rank(filled):
+    at = open_page("unit", study=filled[0], unit="model.layers.0.mlp.down_proj")
+    assert heading(at).startswith("## model.layers.0.mlp.down\\_proj is")
+    before = heading(at)
+    at.button(key="unit_Better").click().run()
+    assert not at.exception
+    assert heading(at) != before
+    at.text_input(key="unit").set_value("layers[").run()
+    assert any("regular expression is not valid" in e.value for e in at.error)
+
+
+def test_experts_from_a_link(filled):
+    at = open_page("experts", study=filled[1], quantity="alpha")
+    assert "has the largest alpha" in heading(at)
+    dense = open_page("experts", study=filled[0])
+    assert "is dense" in heading(dense)
