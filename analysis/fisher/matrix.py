@@ -9,6 +9,7 @@ additive one is steadier and biased, so `score` blends them with a weight found 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bitatlas.analysis.fisher.parts import NAMES, Joined, join_parts, pack_names
+from bitatlas.analysis.fisher.parts import NAMES, NO_PROBES, Joined, join_parts, pack_names
 from bitatlas.kernels.errors import UserError
 
-__all__ = ["ProbeMatrix", "load_probes", "pack_names"]
+__all__ = ["ProbeMatrix", "load_probes", "pack_names", "ratio_stderr", "score_allocation"]
 
 
 @dataclass(frozen=True)
@@ -123,18 +124,19 @@ class ProbeMatrix:
         return self.cross_validate()[0]
 
     def cross_validate(
-        self, folds: int = 5, allocations: int = 256, seed: int = 0
+        self, folds: int = 5, allocations: int = 256, seed: int = 0, repeats: int = 8
     ) -> tuple[float, np.ndarray]:
         """Which weight of the pairs predicts held-out sequences best.
 
         Random allocations are predicted from the training sequences and scored on the others by the
         quasi-likelihood of a variance, y / m + ln m with y = (sum_u a)^2, whose minimum in expectation is m = E y.
+        The curve is flat, so that one way of dealing sequences to folds decides by chance; several are averaged.
 
         Returns:
             the weight, and the mean score of each of the 21 weights 0, 0.05 ... 1 (lower is better).
         """
         weights = np.linspace(0, 1, 21)
-        sequences = np.unique(self.sequence)
+        sequences, of = np.unique(self.sequence, return_inverse=True)
         folds = min(folds, len(sequences))
         if folds < 2:
             return 0.0, np.full(len(weights), np.nan)
@@ -144,34 +146,97 @@ class ProbeMatrix:
         spread = rng.normal(0, 0.7, (allocations, len(self.units)))
         choices = np.clip(np.rint(centre + spread), 0, len(self.formats) - 1).astype(np.intp)
         u = np.arange(len(self.units))
-        totals = np.stack([self.a[:, u, c].sum(1, dtype=np.float64) for c in choices], 1)  # (S, N)
-        squares = np.stack([(self.a[:, u, c].astype(np.float64) ** 2).sum(1) for c in choices], 1)
-        fold_of = rng.permutation(len(sequences)) % folds
-        group = fold_of[np.searchsorted(sequences, self.sequence)]  # (S,)
+        total = np.zeros((len(sequences), allocations))
+        square = np.zeros_like(total)
+        for i, choice in enumerate(choices):
+            picked = self.a[:, u, choice].astype(np.float64)  # (S, U)
+            np.add.at(total[:, i], of, picked.sum(1) ** 2)
+            np.add.at(square[:, i], of, (picked**2).sum(1))
+        tokens = np.bincount(of, self.tokens)
         score = np.zeros(len(weights))
-        for k in range(folds):
-            train, held = group != k, group == k
-            additive = squares[train].mean(0)
-            quadratic = (totals[train] ** 2).mean(0)
-            y = (totals[held] ** 2).mean(0)
-            for i, w in enumerate(weights):
-                m = np.maximum(additive + w * (quadratic - additive), 1e-3 * additive + 1e-300)
-                score[i] += float((y / m + np.log(m)).mean()) / folds
+        for _ in range(repeats):
+            fold_of = rng.permutation(len(sequences)) % folds
+            for k in range(folds):
+                train, held = fold_of != k, fold_of == k
+                additive = square[train].sum(0) / tokens[train].sum()
+                pairs = total[train].sum(0) / tokens[train].sum() - additive
+                y = total[held].sum(0) / tokens[held].sum()
+                m = np.maximum(additive + weights[:, None] * pairs, 1e-3 * additive + 1e-300)
+                score += (y / m + np.log(m)).mean(1) / (folds * repeats)
         return float(weights[int(np.argmin(score))]), score
 
+    def save(self, path: str | Path) -> Path:
+        """One file (npz) of the whole matrix, written beside and renamed; `load_probes` reads it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as handle:
+                np.savez(
+                    handle, a=self.a, gsq=self.gsq, sequence=self.sequence, tokens=self.tokens, reached=self.reached,
+                    norm_sq=self.norm_sq, names=pack_names(self.units, self.formats),
+                )  # fmt: skip
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
 
-def load_probes(parts_dir: str | Path) -> ProbeMatrix:
-    """The probe matrix of a finished `fisher_projection` run, from its part files.
+
+def score_allocation(
+    probes: ProbeMatrix,
+    choice: np.ndarray,
+    shrinkage: float | None = None,
+    damage: np.ndarray | None = None,
+) -> tuple[float, float]:
+    """KL of one whole allocation, nats per token, and its standard error over sequences.
+
+    The error is that of the additive part and the pairs together, with the weight of the pairs held fixed; what the
+    quadratic form leaves out (2 bits, KL beyond 1) is not in it.
+
+    Args:
+        choice: (U,) index into the formats.
+        shrinkage: weight of the pairs; None = the cross-validated one.
+        damage: (U, F) additive damages to use instead of the probes' own (a posterior); the error stays theirs.
+    """
+    choice = np.asarray(choice)
+    weight = probes.shrinkage if shrinkage is None else shrinkage
+    value = float(probes.score(choice, shrinkage=weight, damage=damage)[0])
+    picked = probes.a[:, np.arange(len(probes.units)), choice].astype(np.float64)  # (S, U)
+    own = (picked**2).sum(1)
+    per_probe = own + weight * (picked.sum(1) ** 2 - own)
+    _, of = np.unique(probes.sequence, return_inverse=True)
+    by_sequence, tokens = np.bincount(of, per_probe), np.bincount(of, probes.tokens)
+    return value, 0.5 * float(ratio_stderr(by_sequence, tokens))
+
+
+def ratio_stderr(per_sequence: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Standard error of sum(per_sequence) / sum(weight) over sequences, (N, ...) and (N,) -> (...); NaN for one."""
+    n = len(per_sequence)
+    if n < 2:
+        return np.full(per_sequence.shape[1:], np.nan)
+    mean = per_sequence.sum(0) / weight.sum()
+    left = per_sequence - weight.reshape(-1, *[1] * mean.ndim) * mean
+    error: np.ndarray = np.sqrt((left**2).sum(0) * n / (n - 1)) / weight.sum()
+    return error
+
+
+def load_probes(path: str | Path) -> ProbeMatrix:
+    """The probe matrix of a finished `fisher_projection` run.
+
+    Args:
+        path: the run's folder, ``$BITATLAS_HOME/runs/RUN``, where the steps left it in parts, or a file that
+            `ProbeMatrix.save` wrote.
 
     Raises:
-        UserError: the folder holds no probes.
+        UserError: nothing there holds probes, or only some of them.
     """
+    where = Path(path)
     parts: dict[str, dict[str, np.ndarray]] = {}
-    for path in sorted(Path(parts_dir).glob("*.npz")):
+    for path in [where] if where.is_file() else sorted(where.glob("*.npz")):
         with np.load(path, allow_pickle=False) as data:
-            if {"a", "gsq", NAMES} <= set(data.files):
+            if {"a", "gsq", NAMES} <= set(data.files) and NO_PROBES not in data.files:
                 parts[path.name] = {name: data[name] for name in data.files}
     if not parts:
-        raise UserError("there are no probes here", found=str(parts_dir),
+        raise UserError("there are no probes here", found=str(where),
                         fix="bitatlas measure MODEL --metric fisher_projection")  # fmt: skip
     return ProbeMatrix.from_parts(parts)

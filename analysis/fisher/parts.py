@@ -13,6 +13,8 @@ from bitatlas.kernels.errors import UserError
 __all__ = ["Joined", "join_parts", "pack_names"]
 
 NAMES = "names"
+NO_PROBES = "no_probes"
+"""Mark of parts that hold something else than projections."""
 
 
 def pack_names(units: Sequence[str], formats: Sequence[str]) -> np.ndarray:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from bitatlas.analysis.fisher.parts import Joined, join_parts, pack_names
+from bitatlas.analysis.fisher.matrix import ratio_stderr
+from bitatlas.analysis.fisher.parts import NO_PROBES, Joined, join_parts, pack_names
 from bitatlas.analysis.gradient_groups import (
     ALL_UNITS,
     default_bytes,
@@ -122,6 +123,8 @@ class ProbeMetric(Metric):
                 "names": pack_names([u.key for u in units], [f.name for f in ctx.formats]),
                 "place": np.array([place[u.key] for u in units], np.int64),
             }
+            # Squares are no projections: nobody shall take them for the probes of an interaction term.
+            | ({NO_PROBES: np.ones(1, np.int8)} if self.SQUARE or self.CE else {})
         )
 
     def token_options(self, ctx: MeasureContext) -> dict[str, Any]:
@@ -199,17 +202,6 @@ class ProbeMetric(Metric):
             keys = [u.key for u in units]
             self._pass = ctx, group, ProbePass(loaded, keys, store, str(self.option(ctx, "score")))
         return self._pass[2]
-
-
-def ratio_stderr(per_sequence: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Standard error of sum(per_sequence) / sum(weight) over sequences, (N, ...) and (N,) -> (...); NaN for one."""
-    n = len(per_sequence)
-    if n < 2:
-        return np.full(per_sequence.shape[1:], np.nan)
-    mean = per_sequence.sum(0) / weight.sum()
-    left = per_sequence - weight.reshape(-1, *[1] * mean.ndim) * mean
-    error: np.ndarray = np.sqrt((left**2).sum(0) * n / (n - 1)) / weight.sum()
-    return error
 
 
 def damage_rows(

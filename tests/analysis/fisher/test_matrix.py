@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitatlas.analysis.fisher.matrix import ProbeMatrix, load_probes, pack_names
+from bitatlas.analysis.fisher.matrix import ProbeMatrix, load_probes, pack_names, score_allocation
 from bitatlas.kernels.errors import UserError
 
 FORMATS = ("int2-g64", "int3-g64", "int4-g64")
@@ -91,3 +91,45 @@ def test_parts_are_joined_in_order_and_strangers_ignored(tmp_path):
 def test_another_number_of_units_is_refused():
     with pytest.raises(UserError):
         matrix(np.zeros((2, 3, 3))).score(np.zeros(4, int))
+
+
+def test_score_of_an_allocation_and_its_error():
+    """The error against repeated samples: 40 sequences of 2 draws, correlated units, unequal lengths."""
+    rng = np.random.default_rng(5)
+    mix = rng.normal(size=(6, 6)) * 0.4 + np.eye(6)
+    choice = np.array([0, 1, 2, 0, 1, 2])
+    got = []
+    for _ in range(200):
+        heat = rng.gamma(4, 0.25, 40).repeat(2)[:, None, None]
+        a = np.einsum("suf,uv->svf", rng.normal(size=(80, 6, 3)), mix) * np.sqrt(heat)
+        got.append(score_allocation(matrix(a, np.arange(40).repeat(2)), choice, 0.5))
+    values, errors = np.array(got).T
+    gram = mix.T @ mix
+    same = choice[:, None] == choice[None, :]
+    exact = (np.trace(gram) + 0.5 * (gram * same * (1 - np.eye(6))).sum()) / (2 * 16)
+    assert values.mean() == pytest.approx(exact, abs=4 * values.std() / 200**0.5)
+    assert 0.85 < errors.mean() / values.std() < 1.15
+    one = matrix(a, np.arange(40).repeat(2))
+    assert score_allocation(one, choice)[0] == pytest.approx(one.score(choice)[0])
+    table = np.ones((6, 3))
+    assert score_allocation(one, choice, 0.0, table)[0] == pytest.approx(6.0)
+
+
+def test_the_weight_of_the_pairs_does_not_hang_on_one_deal_of_the_folds():
+    rng = np.random.default_rng(6)
+    common = rng.normal(size=(90, 1, 1))
+    some = matrix(0.3 * common + rng.normal(size=(90, 40, 3)))
+    once = [some.cross_validate(seed=s, repeats=1)[0] for s in range(8)]
+    often = [some.cross_validate(seed=s)[0] for s in range(8)]
+    assert np.ptp(often) <= np.ptp(once)
+    assert np.ptp(often) <= 0.35
+
+
+def test_a_saved_matrix_comes_back(tmp_path):
+    m = matrix(np.random.default_rng(7).normal(size=(6, 4, 3)), np.arange(3).repeat(2))
+    back = load_probes(m.save(tmp_path / "deep" / "probes.npz"))
+    np.testing.assert_array_equal(back.a, m.a)
+    assert back.units == m.units
+    assert back.formats == m.formats
+    np.testing.assert_array_equal(back.damage(), m.damage())
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["probes.npz"]

@@ -8,10 +8,12 @@ import torch
 from conformance_metric import Case, MetricConformance
 
 from bitatlas.analysis.calibration import CalibrationSet
+from bitatlas.analysis.fisher.matrix import load_probes
 from bitatlas.analysis.fisher.probes import score_gradient
 from bitatlas.analysis.measure import MeasureContext, run_metric
 from bitatlas.analysis.metrics.fisher_diag import FisherDiag
 from bitatlas.analysis.model_index import index_model
+from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import expand_formats
 
 
@@ -59,3 +61,5 @@ def test_equals_squared_gradients_times_squared_errors(tiny_checkpoint, tmp_path
         else:
             assert not any(values)
     assert known > len(rows) / 2
+    with pytest.raises(UserError, match="no probes"):
+        load_probes(tmp_path)  # squares must not become an interaction term
