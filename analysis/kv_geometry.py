@@ -32,8 +32,8 @@ def config_int(config: Mapping[str, Any], what: str, default: int = 0) -> int:
 def kv_geometry(config: Mapping[str, Any]) -> KvGeometry | None:
     """Heads, head size and window of every layer; None when the config does not say.
 
-    Latent attention (DeepSeek's MLA) keeps one latent and one rotary key per token, in place of K and V; they are
-    counted as one head whose K and V together have ``kv_lora_rank + qk_rope_head_dim`` numbers.
+    Latent attention (DeepSeek's MLA) keeps one latent and one rotary key per token, in place of K and V: one head whose K
+    has ``kv_lora_rank`` and whose V has ``qk_rope_head_dim`` numbers, as transformers' cache holds them.
     """
     layers, heads = config_int(config, "layers"), config_int(config, "heads")
     if not layers or not heads or layers > 10_000:
@@ -41,8 +41,9 @@ def kv_geometry(config: Mapping[str, Any]) -> KvGeometry | None:
     rank = config.get("kv_lora_rank")
     if isinstance(rank, int) and rank > 0:
         rope = config.get("qk_rope_head_dim")
-        latent = rank + (rope if isinstance(rope, int) and rope > 0 else 0)
-        return KvGeometry((1,) * layers, -(-latent // 2), (0,) * layers)
+        return KvGeometry(
+            (1,) * layers, rank, (0,) * layers, rope if isinstance(rope, int) and rope > 0 else 0
+        )
     kv_heads = config_int(config, "kv_heads", 1 if config.get("multi_query") is True else heads)
     head_dim = config.get("head_dim")
     if not isinstance(head_dim, int) or head_dim < 1:

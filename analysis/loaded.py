@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from bitatlas.analysis.schema import ModelIndex
 from bitatlas.analysis.unit_map import UnitHandle, expert_modules, map_units
 from bitatlas.analysis.weights import WeightReader
 from bitatlas.kernels.errors import UserError
+
+if TYPE_CHECKING:
+    from bitatlas.analysis.kv.tap import KvReader
 
 __all__ = ["Callback", "LoadedModel"]
 
@@ -43,6 +46,7 @@ class LoadedModel:
         self.model: Any = model
         self.device = device
         self._handles = map_units(index, model)
+        self._reader: KvReader | None = None
         use_eager_experts(model)
 
     @classmethod
@@ -99,7 +103,30 @@ class LoadedModel:
 
     def logits(self, ids: Tensor) -> Tensor:
         """Next-token logits (B, T, V), float32, of token ids (B, T); keeps the graph when parameters need it."""
-        return self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
+        ids = ids.to(self.device)
+        if self._reader is None:
+            return self.model(input_ids=ids, use_cache=False).logits.float()
+        from bitatlas.analysis.kv.tap import TapCache
+
+        cache = TapCache(self.model.config, self._reader)
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits.float()
+
+    @contextmanager
+    def cached(self, reader: KvReader) -> Iterator[LoadedModel]:
+        """Inside the block every forward reads K and V as ``reader`` says (`analysis.kv`).
+
+        Raises:
+            UserError: an architecture whose attention cannot be looked into.
+        """
+        from bitatlas.analysis.kv.tap import read_through
+
+        before = self._reader
+        with read_through(self.model, reader):
+            self._reader = reader
+            try:
+                yield self
+            finally:
+                self._reader = before
 
     def run_body(self, ids: Tensor) -> None:
         """The model without its head on token ids (B, T), for those who watch its layers."""

@@ -7,6 +7,7 @@ are computed once and every allocation is compared with them; nothing of vocabul
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from bitatlas.analysis.divergence import token_kl, token_nll, top1_changed
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.quantising import UnitQuantizer
-from bitatlas.analysis.schema import ModelIndex, UserError, parse_format
+from bitatlas.analysis.schema import KvLayout, KvPair, ModelIndex, UserError, parse_format
 from bitatlas.kernels.quantizers import get_quantizer
 
 __all__ = ["Verifier", "VerifyResult", "verify_allocation", "verify_many"]
@@ -71,6 +72,8 @@ class Verifier:
         quantizer: how codes are chosen, as in packing.
         calibration: (S, T) int64 tokens for quantisers that need the units' inputs.
         packed: label -> logits (B, T, V) of token ids (B, T): models that are there already, judged beside the allocations.
+        kv: label -> (layer -> formats of K and V, rules of the window) where the cache is not at 16 bits: every position
+            reads K and V as a decoding step would (`analysis.kv.tap`).
 
     Raises:
         UserError: an allocation does not name exactly the units of the index, or there is no text.
@@ -89,6 +92,7 @@ class Verifier:
         quantizer: str = "rtn",
         calibration: np.ndarray | None = None,
         packed: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        kv: Mapping[str, tuple[Mapping[int, KvPair], KvLayout]] | None = None,
     ) -> None:
         if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < _MIN_TOKENS:
             raise UserError("there is no text to verify on", found=f"tokens of shape {tokens.shape}")
@@ -101,6 +105,14 @@ class Verifier:
         self._loaded, self._index = loaded, index
         self._tokens = np.ascontiguousarray(tokens, np.int64)
         self.allocations = {k: dict(v) for k, v in allocations.items()}
+        self._kv = {label: plan for label, plan in (kv or {}).items() if plan[0]}
+        for _, layout in self._kv.values():
+            if layout.packed(tokens.shape[1] - 1) == 0:
+                raise UserError(
+                    "the sequences are too short to see the quantised KV cache",
+                    found=f"{tokens.shape[1]} tokens, and the newest {layout.residual} to {layout.residual + layout.block - 1} stay at 16 bits",
+                    fix=f"--seq-len {4 * (layout.residual + layout.block)} or more",
+                )
         self._batch = max(1, batch_tokens // tokens.shape[1])
         self._per_step = max(self._batch, step_tokens // tokens.shape[1])
         self._limit = int(weights_gib * 2**30)
@@ -143,7 +155,7 @@ class Verifier:
             changed.append([])
             nll.append([token_nll(original, ids).float().numpy()])
             for label, formats in self.allocations.items():
-                with self._loaded.swapped(self._weights(label, formats)):
+                with self._loaded.swapped(self._weights(label, formats)), self._cache(label):
                     logits = self._loaded.logits(ids)
                 self._judge(ids, original, logits, kl[-1], changed[-1], nll[-1])
             for model in self._packed.values():
@@ -199,6 +211,14 @@ class Verifier:
         """All steps, in this process."""
         return self.results({step: self.run(step) for step in self.steps()})
 
+    def _cache(self, label: str) -> Any:
+        """Reads K and V in the formats of an allocation; nothing to do at 16 bits."""
+        if label not in self._kv:
+            return nullcontext()
+        from bitatlas.analysis.kv.readers import PlanReader
+
+        return self._loaded.cached(PlanReader(*self._kv[label]))
+
     def _noise(self, ids: Tensor, batched: Tensor) -> float:
         """Mean KL of the first sequence in its batch against the same sequence in another batch layout."""
         alone = ids[:1] if len(ids) > 1 else ids.expand(2, -1)
@@ -244,7 +264,9 @@ def verify_many(
 
 
 def verify_allocation(
-    loaded: LoadedModel, index: ModelIndex, formats: Mapping[str, str], tokens: np.ndarray, **options: Any
-) -> VerifyResult:
+    loaded: LoadedModel, index: ModelIndex, formats: Mapping[str, str], tokens: np.ndarray,
+    kv: tuple[Mapping[int, KvPair], KvLayout] | None = None, **options: Any,
+) -> VerifyResult:  # fmt: skip
     """`verify_many` for one allocation."""
-    return verify_many(loaded, index, {"allocation": formats}, tokens, **options)["allocation"]
+    plans = {"allocation": kv} if kv else None
+    return verify_many(loaded, index, {"allocation": formats}, tokens, kv=plans, **options)["allocation"]

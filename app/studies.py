@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.schema import FORMATS, NO_FORMAT, ModelIndex, SensitivityTable, UserError
+from bitatlas.analysis.schema import (
+    FORMATS,
+    NO_FORMAT,
+    KvLayout,
+    KvTable,
+    ModelIndex,
+    SensitivityTable,
+    UserError,
+    is_kv_metric,
+)
 from bitatlas.cache.paths import Home
 from bitatlas.cache.plans import PlanInfo
 from bitatlas.cache.runs import RunInfo
@@ -28,6 +37,7 @@ __all__ = [
     "UnitColumns",
     "freshness",
     "home",
+    "kv_table",
     "list_studies",
     "load_study",
     "open_store",
@@ -103,7 +113,7 @@ class UnitColumns:
 class Study:
     """Everything known about one model.
 
-    ``runs``: metric -> the run its table is from. ``allocations`` are the store's short records (`PlanInfo`), ``verifications`` its dicts; both newest first.
+    ``kv``: tables of the KV cache's metrics by layer and pair. ``runs``: metric -> the run its table is from. ``allocations`` are the store's short records (`PlanInfo`), ``verifications`` its dicts; both newest first.
     """
 
     index: ModelIndex
@@ -111,6 +121,7 @@ class Study:
     runs: Mapping[str, RunInfo] = field(default_factory=dict)
     allocations: tuple[PlanInfo, ...] = ()
     verifications: tuple[dict[str, Any], ...] = ()
+    kv: Mapping[str, KvTable] = field(default_factory=dict)
 
     @cached_property
     def columns(self) -> UnitColumns:
@@ -157,9 +168,9 @@ def _newest(store: Store, digest: str, units: int) -> dict[str, MetricInfo]:
     for e in store.metrics_of(digest):
         if e.metric not in out:
             formats = max(len(e.formats), 1)
-            out[e.metric] = MetricInfo(
-                e.metric, e.formats, e.rows / max(units * formats, 1), e.run, e.finished
-            )
+            # The KV cache's units are its own layers, all in one run.
+            share = 1.0 if is_kv_metric(e.metric) else e.rows / max(units * formats, 1)
+            out[e.metric] = MetricInfo(e.metric, e.formats, share, e.run, e.finished)
     return out
 
 
@@ -181,17 +192,35 @@ def load_study(store: Store, digest: str) -> Study:
     keys = index.unit_keys()
     runs = {r.run: r for r in store.runs(digest)}
     tables: dict[str, SensitivityTable] = {}
+    kv: dict[str, KvTable] = {}
     for e in store.metrics_of(digest):  # newest first
-        if e.metric not in tables:
+        if is_kv_metric(e.metric):
+            if e.metric not in kv and (table := kv_table(store, runs[e.run], e.metric)) is not None:
+                kv[e.metric] = table
+        elif e.metric not in tables:
             tables[e.metric] = store.table(e.run, e.metric, keys)
         elif _alike(runs[e.run], runs[tables[e.metric].run]) and not set(e.formats) <= set(
             tables[e.metric].formats
         ):
             tables[e.metric] = _with_more_formats(tables[e.metric], store.table(e.run, e.metric, keys))
+    used = {m: t.run for m, t in tables.items()} | {m: t.run for m, t in kv.items()}
     return Study(
-        index, tables, {m: runs[t.run] for m, t in tables.items()}, tuple(store.allocations(digest)),
-        tuple(store.verifications(digest)),
+        index, tables, {m: runs[run] for m, run in used.items()}, tuple(store.allocations(digest)),
+        tuple(store.verifications(digest)), kv,
     )  # fmt: skip
+
+
+def kv_table(store: Store, run: RunInfo, metric: str) -> KvTable | None:
+    """Damage of a KV run by layer and pair, None for values that are not about pairs."""
+    default = KvLayout()
+    layout = KvLayout(
+        int(run.settings.get("kv_block", default.block)),
+        int(run.settings.get("kv_residual", default.residual)),
+    )
+    try:
+        return KvTable.from_rows(store.rows(run.run, metric), metric, layout, run.run)
+    except UserError:
+        return None
 
 
 def _alike(a: RunInfo, b: RunInfo) -> bool:

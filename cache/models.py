@@ -32,7 +32,7 @@ def head_of(index: ModelIndex) -> dict[str, Any]:
     plain = {f.name: getattr(index, f.name) for f in fields(index) if f.name not in ("units", "kept", "kv")}
     plain["kept"] = [[k.name, list(k.shape), k.dtype, k.nbytes] for k in index.kept]
     kv = index.kv
-    plain["kv"] = None if kv is None else [list(kv.heads), kv.head_dim, list(kv.windows)]
+    plain["kv"] = None if kv is None else [list(kv.heads), kv.head_dim, list(kv.windows), kv.v_dim]
     return plain
 
 
@@ -42,7 +42,7 @@ def index_from(head: dict[str, Any], columns: dict[str, list[Any]]) -> ModelInde
     data["units"] = [dict(zip(_FIELDS, values)) for values in zip(*(columns[f] for f in _FIELDS))]
     data["kept"] = [dict(zip(("name", "shape", "dtype", "nbytes"), k)) for k in head["kept"]]
     if head["kv"]:
-        data["kv"] = dict(zip(("heads", "head_dim", "windows"), head["kv"]))
+        data["kv"] = dict(zip(("heads", "head_dim", "windows", "v_dim"), head["kv"]))
     return ModelIndex.from_dict(data)
 
 

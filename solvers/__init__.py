@@ -21,6 +21,7 @@ from bitatlas.solvers.front_cache import FrontCache, FrontPoint
 from bitatlas.solvers.frontier import frontier
 from bitatlas.solvers.hull import Hull
 from bitatlas.solvers.ilp import Ilp
+from bitatlas.solvers.kvtuner import KvTuner
 from bitatlas.solvers.mckp import Mckp
 from bitatlas.solvers.mixes import Q4KM, AttentionHigh, FirstLast
 from bitatlas.solvers.nsga2 import Nsga2
@@ -68,6 +69,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "random_best": RandomBest,
     "tpe": Tpe,
     "nsga2": Nsga2,
+    "kvtuner": KvTuner,
 }
 
 

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitatlas.analysis.schema import KvGeometry
+from bitatlas.analysis.schema import KvGeometry, KvLayout, KvPair, KvTable, kv_unit
 from bitatlas.solvers.problem import Problem, SideBudget
 
-__all__ = ["JointProblem", "join_kv", "kv_bytes"]
-
-_PREFIX = "kv.layer."
+__all__ = ["JointProblem", "join_kv", "kv_bytes", "kv_problem"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,20 +18,20 @@ class JointProblem:
     """The joint problem and how to read its answer.
 
     Attributes:
-        problem: units = the weights' units, then ``kv.layer.L`` for every layer with a cache; formats = theirs, then
-            the pairs, ``k8v4``; any solver takes it.
-        pairs: (k bits, v bits) of each pair. layers: of each KV unit.
+        problem: units = the weights' units, then ``kv.L`` for every layer with a cache; formats = theirs, then
+            the pairs, ``kv8-channel/kv4-token``; any solver takes it.
+        pairs: formats of K and V. layers: of each KV unit.
         weight_units, weight_formats: how many of each come first.
     """
 
     problem: Problem
-    pairs: tuple[tuple[float, float], ...]
+    pairs: tuple[KvPair, ...]
     layers: tuple[int, ...]
     weight_units: int
     weight_formats: int
 
-    def split(self, choice: np.ndarray) -> tuple[np.ndarray, dict[int, tuple[float, float]]]:
-        """(U,) formats of the weights and layer -> (k bits, v bits) from the joint choice."""
+    def split(self, choice: np.ndarray) -> tuple[np.ndarray, dict[int, KvPair]]:
+        """(U,) formats of the weights and layer -> formats of K and V, from the joint choice."""
         pair = np.asarray(choice)[self.weight_units :] - self.weight_formats
         return np.asarray(choice)[: self.weight_units], {
             layer: self.pairs[p] for layer, p in zip(self.layers, pair.tolist())
@@ -46,38 +44,53 @@ class JointProblem:
 
 
 def kv_bytes(
-    geometry: KvGeometry, pairs: Sequence[tuple[float, float]], context: int, batch: int
+    geometry: KvGeometry, pairs: Sequence[KvPair], context: int, batch: int, layout: KvLayout
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """Layers that keep a cache, and (L, P) int64 bytes of each in each pair, at ``context`` tokens x ``batch``."""
-    layers = tuple(layer for layer, heads in enumerate(geometry.heads) if heads)
-    alone = [
-        KvGeometry((geometry.heads[layer],), geometry.head_dim, (geometry.windows[layer],))
-        for layer in layers
-    ]
-    table = [[g.cache_bytes(context, batch, k, v) for k, v in pairs] for g in alone]
+    """Layers that keep a cache, and (L, P) int64 exact bytes of each in each pair, at ``context`` tokens x ``batch``."""
+    layers = geometry.layers
+    table = [[geometry.layer_bytes(layer, p, context, batch, layout) for p in pairs] for layer in layers]
     return layers, np.array(table, np.int64).reshape(len(layers), len(pairs))
+
+
+def kv_problem(
+    table: KvTable, geometry: KvGeometry, *, context: int, batch: int, limit_bytes: int
+) -> Problem:
+    """The cache alone as a problem: one unit a layer, one format a pair; any solver that sums damages takes it.
+
+    Raises:
+        ValueError: a table of other layers than the geometry's.
+    """
+    layers, size = kv_bytes(geometry, table.formats(), context, batch, table.layout)
+    if layers != table.layers:
+        raise ValueError(f"the table has layers {table.layers}, the model caches {layers}")
+    return Problem.of(
+        table.damage, size, limit_bytes, units=[kv_unit(layer) for layer in layers], formats=table.pairs,
+        params=np.zeros(len(layers), np.int64), layers=np.array(layers), roles=["kv"] * len(layers), metric=table.metric,
+    )  # fmt: skip
 
 
 def join_kv(
     weights: Problem,
     geometry: KvGeometry,
-    pairs: Sequence[tuple[float, float]],
+    pairs: Sequence[KvPair],
     damage: np.ndarray,
     *,
     context: int,
     batch: int = 1,
+    layout: KvLayout | None = None,
     limit_bytes: int,
 ) -> JointProblem:
     """Add the KV cache to a weights problem; the two damages must be in one unit (nats per token).
 
     Args:
-        damage: (L, P) of each layer that keeps a cache in each pair of (k bits, v bits).
+        damage: (L, P) of each layer that keeps a cache in each pair.
+        layout: rules of the cache's 16-bit window, for its bytes.
         limit_bytes: for the weights' units and the cache together.
 
     Raises:
         ValueError: a damage table of another shape.
     """
-    layers, size = kv_bytes(geometry, pairs, context, batch)
+    layers, size = kv_bytes(geometry, pairs, context, batch, layout or KvLayout())
     damage = np.asarray(damage, np.float64)
     if damage.shape != size.shape:
         raise ValueError(f"KV damage is {damage.shape}, {size.shape} is needed")
@@ -98,8 +111,8 @@ def join_kv(
         full,
         total,
         limit_bytes,
-        units=(*weights.units, *(f"{_PREFIX}{layer}" for layer in layers)),
-        formats=(*weights.formats, *(f"k{a:g}v{b:g}" for a, b in pairs)),
+        units=(*weights.units, *(kv_unit(layer) for layer in layers)),
+        formats=(*weights.formats, *(p.name for p in pairs)),
         ties=weights.ties,
         pins=weights.pins,
         allowed=allowed,

@@ -24,6 +24,9 @@ from bitatlas.analysis.metrics.hawq_eigenvalue import HawqEigenvalue
 from bitatlas.analysis.metrics.hawq_trace import HawqTrace
 from bitatlas.analysis.metrics.kfac import KFac
 from bitatlas.analysis.metrics.kl_flip import KlFlip
+from bitatlas.analysis.metrics.kv_error import KvError
+from bitatlas.analysis.metrics.kv_fisher import KvFisher
+from bitatlas.analysis.metrics.kv_flip import KvFlip
 from bitatlas.analysis.metrics.lim import Lim
 from bitatlas.analysis.metrics.massive_activations import MassiveActivations
 from bitatlas.analysis.metrics.quantmoe_outlier import QuantMoeOutlier
@@ -62,6 +65,9 @@ _TABLE: tuple[type[Metric], ...] = (
     Coactivation,
     ExpertError,
     CameraEnergy,
+    KvFisher,
+    KvFlip,
+    KvError,
 )
 
 METRICS: dict[str, type[Metric]] = {metric.NAME: metric for metric in _TABLE}

@@ -72,6 +72,8 @@ class Metric(ABC):
     PER_FORMAT: ClassVar[bool]
     EMITS: ClassVar[tuple[str, ...]]
     VERSION: ClassVar[int] = 1
+    SUBJECT: ClassVar[Literal["weights", "kv"]] = "weights"
+    """What its units are: the checkpoint's, or the layers of the KV cache (`metrics.kv_common`)."""
     SETTINGS: ClassVar[Mapping[str, Any]] = {}
     """Options of this metric with their defaults; JSON-able, part of the run key."""
 
@@ -94,6 +96,10 @@ class Metric(ABC):
     @abstractmethod
     def cost(self, ctx: MeasureContext) -> Cost:
         """What a run takes; headers and settings only, nothing is loaded."""
+
+    def unit_keys(self, ctx: MeasureContext) -> tuple[str, ...]:
+        """Units that the rows may be about."""
+        return ctx.index.unit_keys()
 
     def option(self, ctx: MeasureContext, name: str) -> Any:
         """The value of a setting: the context's, else this metric's default."""

@@ -13,13 +13,25 @@ from bitatlas.analysis.schema.allocation import (
     resolve_pins,
 )
 from bitatlas.analysis.schema.damage import NO_FORMAT, DamageRow, Provenance, SensitivityTable
+from bitatlas.analysis.schema.kv import KvTable, is_kv_metric, kv_layer, kv_unit
 from bitatlas.analysis.schema.model import KeptTensor, KvGeometry, ModelIndex, QuantUnit, TieGroup
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import FORMATS, Format, expand_formats, parse_format
+from bitatlas.kernels.kv.formats import (
+    KV16,
+    KV_FORMATS,
+    KvFormat,
+    KvLayout,
+    KvPair,
+    parse_kv_format,
+    parse_pair,
+)
 
 __all__ = [
     "ALLOCATION_SCHEMA",
     "FORMATS",
+    "KV16",
+    "KV_FORMATS",
     "NO_FORMAT",
     "Allocation",
     "Budget",
@@ -27,7 +39,11 @@ __all__ = [
     "Format",
     "Frontier",
     "KeptTensor",
+    "KvFormat",
     "KvGeometry",
+    "KvLayout",
+    "KvPair",
+    "KvTable",
     "ModelIndex",
     "Provenance",
     "QuantUnit",
@@ -35,7 +51,12 @@ __all__ = [
     "TieGroup",
     "UserError",
     "expand_formats",
+    "is_kv_metric",
+    "kv_layer",
+    "kv_unit",
     "null_nan",
     "parse_format",
+    "parse_kv_format",
+    "parse_pair",
     "resolve_pins",
 ]

@@ -14,6 +14,7 @@ from bitatlas.analysis.schema.damage import Provenance
 from bitatlas.analysis.schema.model import ModelIndex
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import parse_format
+from bitatlas.kernels.kv.formats import KvLayout, KvPair, parse_kv_format
 
 __all__ = ["ALLOCATION_SCHEMA", "Allocation", "Budget", "Frontier", "null_nan", "resolve_pins"]
 
@@ -59,7 +60,8 @@ class Allocation:
         lower_bound, gap: of the certificate; NaN when there is none.
         budget: as asked for.
         pins: unit key -> format as pinned by the user.
-        kv: layer -> (k format, v format); empty = 16-bit cache.
+        kv: layer -> (k format, v format), names of `KV_FORMATS`; empty = 16-bit cache.
+        kv_block, kv_residual: rules of the cache's 16-bit window (`KvLayout`).
         provenance: what it was made from.
     """
 
@@ -78,6 +80,8 @@ class Allocation:
     budget: Budget | None = None
     pins: dict[str, str] = field(default_factory=dict)
     kv: dict[int, tuple[str, str]] = field(default_factory=dict)
+    kv_block: int = KvLayout().block
+    kv_residual: int = KvLayout().residual
     provenance: Provenance = field(default_factory=Provenance)
 
     @property
@@ -85,10 +89,23 @@ class Allocation:
         """Units plus kept tensors."""
         return self.payload_bytes + self.kept_bytes
 
+    @property
+    def kv_plan(self) -> dict[int, KvPair]:
+        """Layer -> formats of K and V."""
+        return {layer: KvPair(parse_kv_format(k), parse_kv_format(v)) for layer, (k, v) in self.kv.items()}
+
+    @property
+    def kv_layout(self) -> KvLayout:
+        """Rules of the cache's 16-bit window."""
+        return KvLayout(self.kv_block, self.kv_residual)
+
     def to_json(self) -> str:
         """The allocation file: versioned JSON, NaN written as null, keys sorted so that equal means equal."""
         data = {"schema": ALLOCATION_SCHEMA, **asdict(self)}
         data["kv"] = {str(layer): list(pair) for layer, pair in self.kv.items()}
+        if not self.kv:
+            # Without K/V formats the window says nothing, and the file is what it was before there was one.
+            del data["kv_block"], data["kv_residual"]
         return json.dumps(null_nan(data), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
@@ -125,6 +142,10 @@ class Allocation:
                 data[key] = float("nan") if data.get(key) is None else float(data[key])
             for key in ("payload_bytes", "kept_bytes"):
                 data[key] = int(data.get(key, 0))
+            for pair in data["kv"].values():
+                for name in pair:
+                    parse_kv_format(name)
+            KvLayout(data.get("kv_block", 1), data.get("kv_residual", 0))
             data["bits_per_weight"] = float(data.get("bits_per_weight", 0.0))
             return cls(**data)
         except (TypeError, ValueError, KeyError, IndexError) as e:
@@ -146,6 +167,12 @@ class Allocation:
                 f"the allocation was made for other weights of the same architecture ({self.model_name})",
                 found=f"digest {self.model_digest[:12]}, this checkpoint has {index.digest[:12]}",
                 fix="measure and solve on this checkpoint",
+            )
+        strangers = sorted(set(self.kv) - set(index.kv.layers if index.kv else ()))
+        if strangers:
+            raise UserError(
+                f"the allocation has K/V formats for layer {strangers[0]}, which keeps no K/V of its own",
+                found=f"{len(index.kv.layers) if index.kv else 0} layers of {index.name} do",
             )
 
 

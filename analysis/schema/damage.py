@@ -93,7 +93,7 @@ class SensitivityTable:
         if len(metrics) != 1:
             raise ValueError(f"rows of one metric are needed, got {sorted(metrics)}")
         order = {name: i for i, name in enumerate(FORMATS)}
-        formats = tuple(sorted({r.format for r in rows}, key=lambda n: order.get(n, -1)))
+        formats = tuple(sorted({r.format for r in rows}, key=lambda n: (order.get(n, -1), n)))
         position = {key: i for i, key in enumerate(units)}
         column = {name: i for i, name in enumerate(formats)}
         shape = (len(units), len(formats))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bitatlas.kernels.formats import Format
+from bitatlas.kernels.kv.formats import KV16, KvLayout, KvPair
 
 __all__ = ["KeptTensor", "KvGeometry", "ModelIndex", "QuantUnit", "TieGroup"]
 
@@ -71,19 +72,38 @@ class KvGeometry:
     """What one token costs in the KV cache.
 
     ``windows[l]`` is the sliding window of layer l in tokens, 0 for full attention; layers that keep no
-    K/V of their own (linear attention, shared K/V) have ``heads[l] == 0``.
+    K/V of their own (linear attention, shared K/V) have ``heads[l] == 0``. ``v_dim`` is the size of a V head where it
+    differs from K's ``head_dim`` (0 = the same); latent attention keeps its latent as K and the rotary key as V.
     """
 
     heads: tuple[int, ...]
     head_dim: int
     windows: tuple[int, ...]
+    v_dim: int = 0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that keep K/V of their own."""
+        return tuple(layer for layer, heads in enumerate(self.heads) if heads)
+
+    def layer_bytes(self, layer: int, pair: KvPair, context: int, batch: int, layout: KvLayout) -> int:
+        """Exact bytes of a layer's K and V in these formats: codes, scales, minima and the 16-bit window."""
+        heads, window = self.heads[layer], self.windows[layer]
+        k = layout.layer_bytes(pair.k, context, heads, self.head_dim, window)
+        return batch * (k + layout.layer_bytes(pair.v, context, heads, self.v_dim or self.head_dim, window))
+
+    def plan_bytes(self, plan: Mapping[int, KvPair], context: int, batch: int, layout: KvLayout) -> int:
+        """Exact bytes of the whole cache; layers that the plan does not name keep 16 bits."""
+        whole = KvPair(KV16, KV16)
+        return sum(self.layer_bytes(i, plan.get(i, whole), context, batch, layout) for i in self.layers)
 
     def cache_bytes(self, context: int, batch: int, bits_k: float = 16, bits_v: float = 16) -> int:
-        """Bytes of the cache at ``context`` tokens and ``batch`` sequences; sliding layers stop at their window."""
+        """Bytes at so many bits an element, scales not counted (`plan_bytes` counts them); sliding layers stop at their window."""
         total = 0.0
         for heads, window in zip(self.heads, self.windows):
             tokens = min(context, window) if window else context
-            total += batch * tokens * heads * self.head_dim * (bits_k + bits_v) / 8
+            bits = self.head_dim * bits_k + (self.v_dim or self.head_dim) * bits_v
+            total += batch * tokens * heads * bits / 8
         return int(-(-total // 1))
 
 
@@ -159,6 +179,10 @@ class ModelIndex:
             KeptTensor(k["name"], tuple(k["shape"]), k["dtype"], k["nbytes"]) for k in d["kept"]
         )
         kv = d.get("kv")
-        d["kv"] = KvGeometry(tuple(kv["heads"]), kv["head_dim"], tuple(kv["windows"])) if kv else None
+        d["kv"] = (
+            KvGeometry(tuple(kv["heads"]), kv["head_dim"], tuple(kv["windows"]), kv.get("v_dim", 0))
+            if kv
+            else None
+        )
         d["notes"] = tuple(d.get("notes", ()))
         return cls(**d)

@@ -90,14 +90,15 @@ def pack(
 
 
 def generate(directory: str | Path, prompt: str, *, max_new_tokens: int = 64) -> dict[str, Any]:
-    """Continue ``prompt`` greedily with a packed checkpoint.
+    """Continue ``prompt`` greedily with a packed checkpoint; K and V are packed too where its allocation says so.
 
     Returns:
-        prompt, text (the continuation with the prompt), tokens.
+        prompt, text (the continuation with the prompt), tokens, kv_bytes (of K and V at the end, measured; None for a cache at the model's own precision).
     """
     import torch
 
     from bitatlas.analysis.calibration import load_tokenizer
+    from bitatlas.kernels.kv.cache import PackedKvCache
     from bitatlas.kernels.packed import load
 
     folder = Path(directory)
@@ -114,14 +115,18 @@ def generate(directory: str | Path, prompt: str, *, max_new_tokens: int = 64) ->
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty")
+    plan = read_allocation(folder / "allocation.json") if (folder / "allocation.json").is_file() else None
+    cache = PackedKvCache(model.config, plan.kv_plan, plan.kv_layout) if plan and plan.kv else None
     with torch.no_grad():
         out = model.generate(
-            ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
-        )
+            ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id,
+            past_key_values=cache,
+        )  # fmt: skip
     return {
         "prompt": prompt,
         "text": tokenizer.decode(out[0], skip_special_tokens=True),
         "tokens": int(out.shape[1] - ids.shape[1]),
+        "kv_bytes": cache.nbytes if cache else None,
     }
 
 

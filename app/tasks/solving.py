@@ -18,6 +18,7 @@ from bitatlas.analysis.schema import (
     SensitivityTable,
     UserError,
     expand_formats,
+    is_kv_metric,
     parse_format,
     resolve_pins,
 )
@@ -43,6 +44,11 @@ def find_table(store: Store, index: ModelIndex, metric: str, formats: tuple[str,
     Raises:
         UserError: never measured, or not for these formats.
     """
+    if is_kv_metric(metric):
+        raise UserError(
+            f"{metric} is about the KV cache, not about weights",
+            fix="--metric fisher, and --kv for the cache",
+        )
     run = store.latest_run(index.digest, metric, formats)
     if run is None:
         known = sorted({e.metric for e in store.metrics_of(index.digest)})

@@ -69,10 +69,12 @@ class VerifyWork(Work):
         source = loadable(self.index, self.home)
         loaded = LoadedModel.open(source)
         formats = {key: a.formats for key, a in self.allocations.items()}
+        kv = {key: (a.kv_plan, a.kv_layout) for key, a in self.allocations.items()}
         return Verifier(
             loaded, source, self.text.tokens, formats, quantizer=self.params.get("quantizer", "rtn"),
             calibration=None if self.calibration is None else self.calibration.tokens,
             packed={p["folder"]: _packed_model(p) for p in self.params.get("packed", [])},
+            kv=kv,
         )  # fmt: skip
 
     @cached_property

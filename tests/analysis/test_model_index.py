@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from bitatlas.analysis.families import bare_name, classify
 from bitatlas.analysis.kv_geometry import kv_geometry
 from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.schema import ModelIndex
+from bitatlas.analysis.schema import KvLayout, ModelIndex
 from bitatlas.kernels.errors import UserError
 
 
@@ -262,7 +262,7 @@ KV = {
     "qwen2 on": ({"model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4,
                   "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, ((4, 4), 8, (0, 16))),
     "latent": ({"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "kv_lora_rank": 512,
-                "qk_rope_head_dim": 64}, ((1,), 288, (0,))),
+                "qk_rope_head_dim": 64}, ((1,), 512, (0,))),
     "shared": ({"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "num_kv_shared_layers": 1},
                ((4, 4, 0), 8, (0, 0, 0))),
 }  # fmt: skip
@@ -280,6 +280,7 @@ def test_latent_cache_bytes_are_the_latent_alone():
     kv = kv_geometry(KV["latent"][0])
     assert kv is not None
     assert kv.cache_bytes(100, 2) == 2 * 100 * (512 + 64) * 2
+    assert kv.plan_bytes({}, 100, 2, KvLayout()) == 2 * 100 * (512 + 64) * 2
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_a_run_that_emits_several_metrics(store, index):
 def allocation(index) -> Allocation:
     formats = dict.fromkeys(index.unit_keys(), "int4-g64")
     return Allocation(
-        D, "tiny", formats, 1000, 10, 4.25, 0.5, "weight_error", "hull", kv={0: ("int4-g64", "int2-g64")}
+        D, "tiny", formats, 1000, 10, 4.25, 0.5, "weight_error", "hull", kv={0: ("kv4-token", "kv2-token")}
     )
 
 

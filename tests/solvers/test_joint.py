@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from bitatlas.analysis.schema import KvGeometry
+from bitatlas.analysis.schema import KvGeometry, KvLayout, KvTable, parse_pair
 from bitatlas.solvers import Problem, get_solver
-from bitatlas.solvers.joint import join_kv, kv_bytes
+from bitatlas.solvers.joint import join_kv, kv_bytes, kv_problem
 
-PAIRS = [(8, 8), (8, 4), (4, 4), (4, 2)]
+PAIRS = [parse_pair(p) for p in ("kv8-token", "kv8-channel/kv4-token", "kv4-token", "kv4-channel/kv2-token")]
+LAYOUT = KvLayout()
 # Layer 1 keeps no cache; layer 2 has a sliding window.
 GEOMETRY = KvGeometry(heads=(4, 0, 2), head_dim=16, windows=(0, 0, 32))
 
@@ -26,16 +27,18 @@ def _kv_damage(seed: int = 0) -> np.ndarray:
 
 
 def test_bytes_of_the_cache_add_up_to_the_geometry_s():
-    layers, size = kv_bytes(GEOMETRY, PAIRS, 100, 2)
+    layers, size = kv_bytes(GEOMETRY, PAIRS, 100, 2, LAYOUT)
     assert layers == (0, 2)
-    for p, (k, v) in enumerate(PAIRS):
-        assert size[:, p].sum() == GEOMETRY.cache_bytes(100, 2, k, v)
+    for p, pair in enumerate(PAIRS):
+        assert size[:, p].sum() == GEOMETRY.plan_bytes(dict.fromkeys(layers, pair), 100, 2, LAYOUT)
+    whole = parse_pair("kv16")
+    assert kv_bytes(GEOMETRY, [whole], 100, 2, LAYOUT)[1].sum() == GEOMETRY.cache_bytes(100, 2)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_joint_optimum_is_the_best_of_all_splits(seed):
     weights, damage = _weights(seed), _kv_damage(seed)
-    _, size = kv_bytes(GEOMETRY, PAIRS, 64, 1)
+    _, size = kv_bytes(GEOMETRY, PAIRS, 64, 1, LAYOUT)
     limit = int(weights.min_bytes + size.min(axis=1).sum() + 5000)
     joint = join_kv(weights, GEOMETRY, PAIRS, damage, context=64, limit_bytes=limit)
     solution = get_solver("mckp").solve(joint.problem)
@@ -56,7 +59,7 @@ def test_joint_optimum_is_the_best_of_all_splits(seed):
 
 def test_never_worse_than_a_fixed_cache():
     weights, damage = _weights(1), _kv_damage(1)
-    _, size = kv_bytes(GEOMETRY, PAIRS, 64, 1)
+    _, size = kv_bytes(GEOMETRY, PAIRS, 64, 1, LAYOUT)
     limit = int(weights.min_bytes + size.max(axis=1).sum() + 800)
     joint = join_kv(weights, GEOMETRY, PAIRS, damage, context=64, limit_bytes=limit)
     together = get_solver("mckp").solve(joint.problem).certificate.objective
@@ -67,7 +70,7 @@ def test_never_worse_than_a_fixed_cache():
 
 
 def test_every_solver_that_sums_damages_takes_the_joint_problem():
-    joint = join_kv(_weights(2), GEOMETRY, PAIRS, _kv_damage(2), context=64, limit_bytes=14_000)
+    joint = join_kv(_weights(2), GEOMETRY, PAIRS, _kv_damage(2), context=64, limit_bytes=24_000)
     best = get_solver("mckp").solve(joint.problem).certificate.objective
     for name in ("hull", "ilp", "baq", "bisection", "random_best", "first_last"):
         assert get_solver(name).solve(joint.problem).certificate.objective >= best - 1e-12
@@ -79,7 +82,7 @@ def test_pins_and_interactions_carry_over():
     a = rng.normal(size=(6, 5, 3)) * 2.0 ** -np.array([2, 4, 8])
     weights = Problem.of((a**2).mean(axis=0), base.bytes, 0, units=base.units, formats=base.formats,
                          pins={"w1": "i8"}, interaction=a)  # fmt: skip
-    joint = join_kv(weights, GEOMETRY, PAIRS, _kv_damage(), context=64, limit_bytes=14_000)
+    joint = join_kv(weights, GEOMETRY, PAIRS, _kv_damage(), context=64, limit_bytes=24_000)
     solution = get_solver("projection_descent").solve(joint.problem)
     mine, cache = joint.split(solution.choice)
     assert mine[1] == 2
@@ -87,6 +90,24 @@ def test_pins_and_interactions_carry_over():
         _kv_damage()[[0, 2].index(layer), PAIRS.index(pair)] for layer, pair in cache.items()
     )
     assert solution.certificate.quadratic == pytest.approx(expected)
+
+
+def test_the_cache_alone_takes_any_solver():
+    table = KvTable("kv_fisher", (0, 2), tuple(p.name for p in PAIRS), _kv_damage(), np.zeros((2, 4)))
+    _, size = kv_bytes(GEOMETRY, PAIRS, 4096, 1, LAYOUT)
+    limit = int(size.min(1).sum() + (size.max(1) - size.min(1)).sum() // 2)
+    problem = kv_problem(table, GEOMETRY, context=4096, batch=1, limit_bytes=limit)
+    best = min(table.damage[0, a] + table.damage[1, b] for a in range(4) for b in range(4)
+               if size[0, a] + size[1, b] <= limit)  # fmt: skip
+    assert get_solver("mckp").solve(problem).certificate.objective == pytest.approx(best)
+    with pytest.raises(ValueError, match="caches"):
+        kv_problem(
+            KvTable("m", (0, 1), table.pairs, table.damage, table.stderr),
+            GEOMETRY,
+            context=9,
+            batch=1,
+            limit_bytes=9,
+        )
 
 
 def test_wrong_table():
