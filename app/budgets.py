@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from bitatlas.analysis.schema import Budget, ModelIndex, UserError
+from bitatlas.analysis.schema import Budget, KvLayout, KvPair, ModelIndex, UserError, parse_pair
 from bitatlas.app.sizes import format_bytes, parse_bytes
 
-__all__ = ["resolve_budget"]
+__all__ = ["resolve_budget", "uniform_kv"]
+
+
+def uniform_kv(index: ModelIndex, bits_k: float, bits_v: float) -> dict[int, KvPair]:
+    """The same formats in every layer: keys by channel, values by token (KIVI); nothing at 16 bits.
+
+    Raises:
+        UserError: a width that the cache does not have.
+    """
+    if (bits_k, bits_v) == (16, 16) or index.kv is None:
+        return {}
+    names = ["kv16" if b == 16 else f"kv{b:g}-{axis}" for b, axis in ((bits_k, "channel"), (bits_v, "token"))]
+    return dict.fromkeys(index.kv.layers, parse_pair("/".join(names)))
 
 
 def resolve_budget(
@@ -57,7 +69,8 @@ def resolve_budget(
                 found="config.json does not give heads and head size",
                 fix="use --bytes",
             )
-        kv = index.kv.cache_bytes(context, batch, bits_k, bits_v)
+        # Codes, scales and the 16-bit window: what the cache really takes.
+        kv = index.kv.plan_bytes(uniform_kv(index, bits_k, bits_v), context, batch, KvLayout())
     left = total - kv - spare
     if left <= 0:
         raise UserError(

@@ -107,7 +107,14 @@ def solve(
     fit: Annotated[str | None, typer.Option(help="Memory for weights + KV cache + reserve: 8GiB.")] = None,
     context: Annotated[int, typer.Option(help="With --fit: context length in tokens.")] = 0,
     batch: Annotated[int, typer.Option(help="With --fit: sequences at once.")] = 1,
-    kv_bits: Annotated[float, typer.Option(help="With --fit: bits of a cached K or V element.")] = 16,
+    kv_bits: Annotated[
+        float, typer.Option(help="With --fit: K and V of every layer at 16, 8, 4 or 2 bits.")
+    ] = 16,
+    kv: Annotated[
+        bool,
+        typer.Option("--kv", help="With --fit: K and V of each layer share the budget with the weights."),
+    ] = False,
+    kv_metric: Annotated[str, typer.Option(help="With --kv: kv_fisher or kv_flip.")] = "kv_fisher",
     reserve: Annotated[str, typer.Option(help="With --fit: activations and workspace.")] = "256MiB",
     formats: Formats = DEFAULT_FORMATS,
     pin: Pins = None,
@@ -123,7 +130,7 @@ def solve(
 
     result = tasks.solve(
         model, metric=metric, solver=solver, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
-        kv_bits=kv_bits, reserve=reserve, formats=formats, pins=pin or [], target=target, seed=seed, output=output,
+        kv_bits=kv_bits, kv=kv, kv_metric=kv_metric, reserve=reserve, formats=formats, pins=pin or [], target=target, seed=seed, output=output,
     )  # fmt: skip
     emit(tasks.describe_allocation(result, output), json_output, "allocation")
 

@@ -85,6 +85,10 @@ def _allocation(data: dict[str, Any]) -> None:
     )
     for name, count in data["histogram"].items():
         print(f"  {name:<16} {count['units']:>6} units  {count['share']:.1%} of the units")
+    if data.get("kv"):
+        print(f"KV cache {format_bytes(data['kv_bytes'])} in all")
+        for name, layers in data["kv"].items():
+            print(f"  {name:<26} {layers:>3} layers")
     if data.get("file"):
         print(f"written to {data['file']}")
 

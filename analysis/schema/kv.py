@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -42,6 +42,7 @@ class KvTable:
         damage, stderr: (L, P) float64, NaN = unknown. ``kv16/kv16`` is 0 by definition.
         layout: the window it was measured with.
         run: key of the run.
+        parts: ("k" or "v", format) -> (L,) damage of K or V alone, where the metric tells them apart.
     """
 
     metric: str
@@ -51,14 +52,16 @@ class KvTable:
     stderr: np.ndarray
     layout: KvLayout = KvLayout()
     run: str = ""
+    parts: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def from_rows(cls, rows: Iterable[DamageRow], metric: str, layout: KvLayout, run: str = "") -> KvTable:
-        """Table of the rows of one metric whose units are whole layers; the 16-bit pair is added.
+        """Table of the rows of one metric, whole layers by pair and K and V alone; the 16-bit pair is added.
 
         Raises:
-            UserError: no such row.
+            UserError: no row of a whole layer.
         """
+        rows = list(rows)
         found = [
             r for r in rows if r.metric == metric and kv_layer(r.unit)[0] >= 0 and not kv_layer(r.unit)[1]
         ]
@@ -75,7 +78,13 @@ class KvTable:
         for r in found:
             at = layers.index(kv_layer(r.unit)[0]), pairs.index(r.format)
             damage[at], stderr[at] = r.value, r.stderr
-        return cls(metric, layers, pairs, damage, stderr, layout, run)
+        parts: dict[tuple[str, str], np.ndarray] = {}
+        for r in rows:
+            layer, part = kv_layer(r.unit)
+            if r.metric == metric and part and layer in layers:
+                column = parts.setdefault((part, r.format), np.full(len(layers), np.nan))
+                column[layers.index(layer)] = r.value
+        return cls(metric, layers, pairs, damage, stderr, layout, run, parts)
 
     def select(self, pairs: Iterable[str]) -> KvTable:
         """The same with these pairs only, in this order.
@@ -89,9 +98,7 @@ class KvTable:
             raise UserError(f"{self.metric} was not measured for {', '.join(missing)}",
                             found=f"measured: {', '.join(self.pairs)}")  # fmt: skip
         at = [self.pairs.index(p) for p in wanted]
-        return KvTable(
-            self.metric, self.layers, wanted, self.damage[:, at], self.stderr[:, at], self.layout, self.run
-        )
+        return replace(self, pairs=wanted, damage=self.damage[:, at], stderr=self.stderr[:, at])
 
     def formats(self) -> tuple[KvPair, ...]:
         """The pairs as formats."""

@@ -25,6 +25,7 @@ SCREENS: tuple[Screen, ...] = (
     Screen("unit", "Understand", "Unit", ":material/search_insights:", "unit"),
     Screen("metric_agreement", "Understand", "Metrics", ":material/compare_arrows:", "metrics"),
     Screen("experts", "Decide", "Experts", ":material/groups:", "experts"),
+    Screen("kv", "Understand", "KV cache", ":material/view_column:", "kv"),
     Screen("fit", "Decide", "Fit", ":material/memory:", "fit"),
     Screen("verify", "Ship", "Verify", ":material/fact_check:", "verify"),
     Screen("export", "Ship", "Export", ":material/output:", "export"),

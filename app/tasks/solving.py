@@ -22,8 +22,10 @@ from bitatlas.analysis.schema import (
     parse_format,
     resolve_pins,
 )
-from bitatlas.app.budgets import resolve_budget
+from bitatlas.app.budgets import resolve_budget, uniform_kv
+from bitatlas.app.sizes import parse_bytes
 from bitatlas.app.tasks.interaction import with_probes
+from bitatlas.app.tasks.joint import find_kv_table, solve_joint
 from bitatlas.app.tasks.models import register
 from bitatlas.cache.paths import Home, atomic_write
 from bitatlas.cache.store import Store
@@ -117,6 +119,8 @@ def solve(
     context: int = 0,
     batch: int = 1,
     kv_bits: float = 16,
+    kv: bool = False,
+    kv_metric: str = "kv_fisher",
     reserve: str | int = "256MiB",
     formats: str | tuple[str, ...] = "int{2,3,4,5,6,8}-g64",
     pins: list[str] | None = None,
@@ -126,17 +130,32 @@ def solve(
 ) -> Allocation:
     """The best allocation that a solver finds within a budget; stored, and written to ``output`` when named.
 
+    ``kv``: K and V of every layer get formats too, under the same ``fit`` budget; ``kv_bits`` gives all layers the same.
+
     Raises:
         UserError: not measured, impossible budget (names the smallest possible one), a pin that matches nothing.
     """
+    if kv and (fit is None or kv_bits != 16):
+        raise UserError("weights and KV cache share a budget of memory", found="--kv-bits as well" if fit else "no --fit",
+                        fix="--fit 8GiB --context 8192 --kv, without --kv-bits")  # fmt: skip
     algorithm = get_solver(solver)
     store, index, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
     )
-    budget = resolve_budget(
-        index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch, reserve=reserve
-    )
-    allocation = solve_table(index, table, names, budget, solver, pinned, limits, seed)
+    if kv and fit is not None:
+        problem = with_probes(build_problem(index, table, names, 0, pinned, limits), table, algorithm)
+        cache = find_kv_table(store, index, kv_metric)
+        allocation = solve_joint(
+            index, problem, cache, total_bytes=parse_bytes(fit), reserve_bytes=parse_bytes(reserve), context=context,
+            batch=batch, solver=solver, seed=seed,
+            provenance=_provenance(index, table, names, solver, limits, seed, kv_run=cache.run),
+        )  # fmt: skip
+    else:
+        budget = resolve_budget(index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
+                                reserve=reserve, bits_k=kv_bits, bits_v=kv_bits)  # fmt: skip
+        allocation = solve_table(index, table, names, budget, solver, pinned, limits, seed)
+        same = uniform_kv(index, kv_bits, kv_bits)
+        allocation = replace(allocation, kv={i: (p.k.name, p.v.name) for i, p in same.items()})
     store.put_allocation(allocation)
     if output is not None:
         atomic_write(Path(output).expanduser().resolve(), allocation.to_json().encode())
@@ -157,11 +176,21 @@ def solve_table(
     problem = build_problem(index, table, formats, budget.weights_bytes - index.kept_bytes, pins, limits)
     algorithm = get_solver(solver)
     solution = algorithm.solve(with_probes(problem, table, algorithm), seed=seed)
-    provenance = Provenance(
-        model_digest=index.digest, model_name=index.name, seed=seed,
-        settings={"run": table.run if table else "", "formats": list(formats), "solver": solver, "target": limits is not None},
-    )  # fmt: skip
+    provenance = _provenance(index, table, formats, solver, limits, seed)
     return to_allocation(problem, solution, index, budget=budget, provenance=provenance)
+
+
+def _provenance(
+    index: ModelIndex, table: SensitivityTable | None, formats: tuple[str, ...], solver: str, limits: Limits | None,
+    seed: int, **more: Any,
+) -> Provenance:  # fmt: skip
+    settings = {
+        "run": table.run if table else "",
+        "formats": list(formats),
+        "solver": solver,
+        "target": limits is not None,
+    }
+    return Provenance(model_digest=index.digest, model_name=index.name, seed=seed, settings=settings | more)
 
 
 def frontier(
@@ -225,6 +254,8 @@ def describe_allocation(allocation: Allocation, file: str | Path | None = None) 
         "gap": allocation.gap,
         "budget": allocation.budget.label if allocation.budget else "",
         "histogram": {name: {"units": n, "share": n / total} for name, n in sorted(counts.items())},
+        "kv_bytes": allocation.budget.kv_bytes if allocation.budget else 0,
+        "kv": dict(sorted(Counter("/".join(pair) for pair in allocation.kv.values()).items())),
         "file": str(file) if file else "",
     }
 

@@ -1,0 +1,68 @@
+"""The KV page, drawn: maps of K and V side by side, and the split of one memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from bitatlas.app.sizes import format_bytes
+from bitatlas.app.theme import Palette, template
+from bitatlas.app.views.kv import KvMap, Split
+
+__all__ = ["map_chart", "split_chart"]
+
+_MIB = 1 << 20
+
+
+def map_chart(view: KvMap, p: Palette) -> go.Figure:
+    """One heat map a panel, layers downwards, one colour scale (log) for all."""
+    values = np.concatenate([panel.values.ravel() for panel in view.panels])
+    seen = values[np.isfinite(values) & (values > 0)]
+    low, high = (np.log10([seen.min(), seen.max()])) if seen.size else (-1.0, 0.0)
+    figure = make_subplots(
+        1, len(view.panels), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[x.name for x in view.panels],
+        column_widths=[len(x.columns) for x in view.panels],
+    )  # fmt: skip
+    for i, panel in enumerate(view.panels):
+        z = np.log10(np.where(panel.values > 0, panel.values, np.nan))
+        figure.add_heatmap(
+            z=z, x=list(panel.columns), y=list(view.layers), customdata=panel.values, zmin=low, zmax=high, xgap=1, ygap=1,
+            colorscale=[list(c) for c in p.damage], showscale=i == 0, hoverongaps=False,
+            colorbar={"title": {"text": "log10 damage"}, "thickness": 10},
+            hovertemplate=f"layer %{{y}}<br>{panel.name} %{{x}}<br>%{{customdata:.3g}}<extra></extra>",
+            row=1, col=i + 1,
+        )  # fmt: skip
+    figure.update_layout(
+        template=template(p), height=170 + 14 * max(len(view.layers), 6), dragmode=False, margin={"t": 28}
+    )
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_yaxes(title_text="layer", row=1, col=1)
+    figure.update_xaxes(showgrid=False, tickangle=-60)
+    return figure
+
+
+def split_chart(view: Split, p: Palette) -> go.Figure:
+    """Predicted damage of weights, cache and both over the cache's share of the memory; the best split marked."""
+    figure = go.Figure()
+    x = view.kv_bytes / _MIB
+    for name, y, line in (
+        ("weights", view.weights, {"color": p.muted, "width": 1.5, "dash": "dot"}),
+        ("KV cache", view.cache, {"color": "#c77d3a", "width": 1.5, "dash": "dot"}),
+        ("both", view.total, {"color": p.accent, "width": 2.5}),
+    ):
+        figure.add_scatter(x=x, y=y, mode="lines", name=name, line=line,
+                           hovertemplate=f"cache %{{x:.1f}} MiB<br>{name} %{{y:.4g}} nats/token<extra></extra>")  # fmt: skip
+    figure.add_scatter(
+        x=[x[view.best]], y=[view.total[view.best]], mode="markers+text", name="best split", text=["best split"],
+        textposition="top center", marker={"size": 13, "color": p.accent, "line": {"color": p.paper, "width": 2}},
+        hovertemplate=f"{format_bytes(int(view.kv_bytes[view.best]))} of cache<extra></extra>",
+    )  # fmt: skip
+    figure.add_vline(x=view.whole_kv_bytes / _MIB, line={"color": p.muted, "width": 1, "dash": "dash"},
+                     annotation={"text": "16-bit cache", "font": {"color": p.muted}})  # fmt: skip
+    figure.update_layout(
+        template=template(p), height=340, dragmode=False,
+        xaxis={"title": "KV cache (MiB); the weights take the rest", "range": [0, float(max(x[-1], x[view.best])) * 1.05]},
+        yaxis={"title": "predicted damage (nats/token)", "type": "log"},
+    )  # fmt: skip
+    return figure

@@ -1,0 +1,86 @@
+"""One memory budget for weights and KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bitatlas.analysis.schema import Allocation, Budget, KvTable, ModelIndex, Provenance, UserError
+from bitatlas.app.sizes import format_bytes
+from bitatlas.app.studies import kv_table
+from bitatlas.cache.store import Store
+from bitatlas.solvers import Problem, get_solver, to_allocation
+from bitatlas.solvers.joint import join_kv
+
+__all__ = ["find_kv_table", "solve_joint"]
+
+
+def find_kv_table(store: Store, index: ModelIndex, metric: str = "kv_fisher") -> KvTable:
+    """The newest finished measurement of a KV metric, by layer and pair.
+
+    Raises:
+        UserError: never measured, or a metric whose unit is not that of the weights' damage.
+    """
+    if metric not in ("kv_fisher", "kv_flip"):
+        raise UserError(f"{metric} cannot be added to the damage of weights", found="its unit is not nats per token",
+                        fix="--kv-metric kv_fisher or kv_flip")  # fmt: skip
+    run = store.latest_run(index.digest, metric)
+    table = kv_table(store, store.run(run), metric) if run else None
+    if table is None:
+        raise UserError(f"{metric} has not been measured for {index.name}",
+                        fix=f"bitatlas measure {index.path} --metric {metric} --seq-len 256 --wait")  # fmt: skip
+    return table
+
+
+def solve_joint(
+    index: ModelIndex,
+    weights: Problem,
+    cache: KvTable,
+    *,
+    total_bytes: int,
+    reserve_bytes: int,
+    context: int,
+    batch: int,
+    solver: str = "mckp",
+    seed: int = 0,
+    provenance: Provenance | None = None,
+) -> Allocation:
+    """Weights and K/V pairs within ``total_bytes`` less the reserve; ``predicted`` is the damage of both together.
+
+    Args:
+        weights: the weights' problem; its own limit does not count.
+        cache: damage of the pairs, nats per token.
+        context, batch: tokens and sequences that the cache must hold.
+
+    Raises:
+        UserError: no context, an unknown geometry, or an impossible budget.
+    """
+    if index.kv is None or context < 1:
+        raise UserError("a joint budget needs to know how large the KV cache is",
+                        found="config.json gives no heads and head size" if index.kv is None else "no context length",
+                        fix="use --bytes" if index.kv is None else "--context 8192")  # fmt: skip
+    limit = total_bytes - reserve_bytes - index.kept_bytes
+    joint = join_kv(weights, index.kv, cache.formats(), cache.damage, context=context, batch=batch,
+                    layout=cache.layout, limit_bytes=limit)  # fmt: skip
+    smallest = joint.problem.min_bytes
+    if smallest > limit:
+        raise UserError(
+            f"{format_bytes(total_bytes)} is too small for the weights and the KV cache together",
+            found=f"the smallest formats take {format_bytes(smallest + index.kept_bytes + reserve_bytes)}",
+            fix="a shorter --context, a smaller --batch, smaller formats, or more memory",
+        )
+    solution = get_solver(solver).solve(joint.problem, seed=seed)
+    choice, plan = joint.split(solution.choice)
+    payload, kv_bytes = joint.spent(solution.choice)
+    label = f"{format_bytes(total_bytes)}, context {context}, batch {batch}, weights and KV cache together"
+    budget = Budget(total_bytes - reserve_bytes - kv_bytes, kv_bytes, reserve_bytes, context, batch, label)
+    whole = to_allocation(joint.problem, solution, index, budget=budget, provenance=provenance)
+    return replace(
+        whole,
+        formats={u: weights.formats[j] for u, j in zip(weights.units, choice.tolist())},
+        payload_bytes=payload,
+        bits_per_weight=payload * 8 / max(index.params, 1),
+        metric=f"{weights.metric}+{cache.metric}",
+        kv={layer: (pair.k.name, pair.v.name) for layer, pair in plan.items() if pair.name != "kv16/kv16"},
+        kv_block=cache.layout.block,
+        kv_residual=cache.layout.residual,
+    )

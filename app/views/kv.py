@@ -1,0 +1,175 @@
+"""KV cache: which layers' K and V can do with fewer bits, and how memory should be split between weights and cache."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bitatlas.analysis.schema import KvGeometry, KvTable, UserError, parse_kv_format
+from bitatlas.app.sizes import format_bytes
+from bitatlas.solvers import FrontCache, Problem
+from bitatlas.solvers.joint import kv_problem
+
+__all__ = ["KvMap", "Panel", "Split", "build_map", "build_split"]
+
+_POINTS = 96
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One map: ``values`` (layers, columns), NaN = unknown."""
+
+    name: str
+    columns: tuple[str, ...]
+    values: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class KvMap:
+    """K, V, and both, by layer and format.
+
+    Attributes:
+        title, subtitle: the answer, and where it comes from.
+        layers: rows of every panel; panels: ``K``, ``V`` (where the metric tells them apart) and ``K and V``.
+        metric: whose values.
+    """
+
+    title: str
+    subtitle: str
+    layers: tuple[int, ...]
+    panels: tuple[Panel, ...]
+    metric: str
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The panels as a table: part, layer, format, damage."""
+        out: dict[str, list[Any]] = {"part": [], "layer": [], "format": [], "damage": []}
+        for panel in self.panels:
+            for i, layer in enumerate(self.layers):
+                for j, name in enumerate(panel.columns):
+                    for key, value in zip(out, (panel.name, layer, name, float(panel.values[i, j]))):
+                        out[key].append(value)
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        data = asdict(self)
+        for panel in data["panels"]:
+            panel["values"] = panel["values"].tolist()
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One memory, shared in every possible way.
+
+    Attributes:
+        title, detail: the answer.
+        kv_bytes: (N,) bytes given to the cache, rising; weights, cache, total: (N,) predicted damages.
+        best: index of the best split. plan: layer -> pair there.
+        whole_kv_bytes: what a cache of 16 bits would take.
+    """
+
+    title: str
+    detail: str
+    kv_bytes: np.ndarray
+    weights: np.ndarray
+    cache: np.ndarray
+    best: int
+    plan: dict[int, str]
+    whole_kv_bytes: int
+
+    @property
+    def total(self) -> np.ndarray:
+        """(N,) damage of both."""
+        return self.weights + self.cache
+
+
+def build_map(table: KvTable) -> KvMap:
+    """The map of one measured KV metric."""
+    panels = []
+    for part in "kv":
+        names = sorted(
+            (n for p, n in table.parts if p == part),
+            key=lambda n: (n.partition("-")[2], -parse_kv_format(n).bits),
+        )
+        if names:
+            panels.append(
+                Panel(part.upper(), tuple(names), np.stack([table.parts[part, n] for n in names], 1))
+            )
+    pairs = [i for i, p in enumerate(table.pairs) if p != "kv16/kv16"]
+    panels.append(Panel("K and V", tuple(table.pairs[i] for i in pairs), table.damage[:, pairs]))
+    return KvMap(_answer(table, panels), _where(table), table.layers, tuple(panels), table.metric)
+
+
+def _answer(table: KvTable, panels: list[Panel]) -> str:
+    """Which of K and V hurts more where both have the same bits, and how concentrated it is."""
+    four = [np.nanmean(v) for (p, n), v in table.parts.items() if p == "k" and n.startswith("kv4")]
+    other = [np.nanmean(v) for (p, n), v in table.parts.items() if p == "v" and n.startswith("kv4")]
+    last = panels[-1].values
+    worst = int(np.nanargmax(np.nansum(last, axis=1)))
+    layer = f"layer {table.layers[worst]} is hurt most"
+    if not four or not other or not min(other) > 0:
+        return f"{len(table.layers)} layers keep a cache; {layer}"
+    ratio = float(min(four) / min(other))
+    word = (
+        f"K at 4 bits hurts {ratio:.1f} times as much as V"
+        if ratio >= 1
+        else f"V at 4 bits hurts {1 / ratio:.1f} times as much as K"
+    )
+    return f"{word}; {layer}"
+
+
+def _where(table: KvTable) -> str:
+    w = table.layout
+    return f"{table.metric}; the newest {w.residual} to {w.residual + w.block - 1} tokens stay at 16 bits"
+
+
+def build_split(
+    weights: Problem, table: KvTable, geometry: KvGeometry, *, memory: int, context: int, batch: int
+) -> Split:
+    """How ``memory`` bytes (kept tensors and reserve already taken off) should be shared.
+
+    Args:
+        weights: the weights' problem; its own limit does not count.
+        memory: for the units' payload and the cache together.
+
+    Raises:
+        UserError: no context, or too little memory for the smallest formats of both.
+    """
+    if context < 1:
+        raise UserError("the split needs a context length", found="0 tokens", fix="set the context")
+    cache = kv_problem(table, geometry, context=context, batch=batch, limit_bytes=0)
+    front, kv_front = FrontCache.of(weights), FrontCache.of(cache)
+    least, kv_least = int(front.cum_bytes[0]), int(kv_front.cum_bytes[0])
+    if least + kv_least > memory:
+        raise UserError(
+            f"{format_bytes(memory)} is too small for weights and KV cache",
+            found=f"the smallest formats take {format_bytes(least)} and {format_bytes(kv_least)}",
+            fix="more memory, a shorter context, a smaller batch, or smaller formats",
+        )
+    # Every step of the cache's own front is a candidate, thinned for drawing; the weights take the rest.
+    within = kv_front.cum_bytes[kv_front.cum_bytes <= memory - least]
+    at = np.unique(np.linspace(0, len(within) - 1, min(len(within), _POINTS)).round().astype(int))
+    kv_bytes = within[at]
+    cache_damage = np.maximum(kv_front.cum_damage[at], 0.0)
+    steps = np.searchsorted(front.cum_bytes, memory - kv_bytes, side="right") - 1
+    weight_damage = np.maximum(front.cum_damage[steps], 0.0)
+    best = int(np.argmin(weight_damage + cache_damage))
+    choice = kv_front.classes.expand(kv_front.class_choice(int(at[best])))
+    plan = {layer: table.pairs[p] for layer, p in zip(table.layers, choice.tolist())}
+    whole = geometry.plan_bytes({}, context, batch, table.layout)
+    share = kv_bytes[best] / memory
+    bits = 16 * kv_bytes[best] / max(whole, 1)
+    return Split(
+        title=f"Give the KV cache {format_bytes(int(kv_bytes[best]))} of {format_bytes(memory)} ({share:.0%})",
+        detail=f"{bits:.1f} bits per cached number on average; at 16 bits it would take {format_bytes(whole)}. "
+        f"Predicted damage {weight_damage[best]:.3g} from the weights and {cache_damage[best]:.3g} from the cache.",
+        kv_bytes=kv_bytes,
+        weights=weight_damage,
+        cache=cache_damage,
+        best=best,
+        plan=plan,
+        whole_kv_bytes=whole,
+    )

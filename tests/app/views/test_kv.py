@@ -1,0 +1,98 @@
+"""The KV page's views: the map says which half hurts, the split is the best of all splits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from bitatlas.analysis.schema import DamageRow, KvGeometry, KvLayout, KvTable, UserError, kv_unit, null_nan
+from bitatlas.app.charts import kv as charts
+from bitatlas.app.theme import LIGHT
+from bitatlas.app.views.kv import build_map, build_split
+from bitatlas.solvers import Problem
+
+GEOMETRY = KvGeometry((2, 0, 2, 2), 16, (0, 0, 0, 0))
+LAYOUT = KvLayout(8, 8)
+
+
+def rows(v_hurts=1.0):
+    out = []
+    for layer, base in ((0, 1.0), (2, 3.0), (3, 0.5)):
+        for bits in (2, 4, 8):
+            out.append(
+                DamageRow(
+                    "kv_fisher", kv_unit(layer, "k"), f"kv{bits}-channel", base * 4.0**-bits * 5, count=9
+                )
+            )
+            out.append(
+                DamageRow(
+                    "kv_fisher", kv_unit(layer, "v"), f"kv{bits}-token", base * 4.0**-bits * v_hurts, count=9
+                )
+            )
+            for other in (2, 4, 8):
+                pair = f"kv{bits}-channel/kv{other}-token"
+                out.append(
+                    DamageRow(
+                        "kv_fisher",
+                        kv_unit(layer),
+                        pair,
+                        base * (4.0**-bits * 5 + 4.0**-other * v_hurts),
+                        count=9,
+                    )
+                )
+    return out
+
+
+@pytest.fixture(scope="module")
+def table():
+    return KvTable.from_rows(rows(), "kv_fisher", LAYOUT, "run")
+
+
+def weights():
+    bits = np.array([2, 4, 8])
+    return Problem.of(np.array([[3.0], [1.0]]) * 4.0**-bits, np.array([[900], [700]]) * bits, 0)
+
+
+def test_the_map_tells_k_from_v(table):
+    view = build_map(table)
+    assert view.title == "K at 4 bits hurts 5.0 times as much as V; layer 2 is hurt most"
+    assert [p.name for p in view.panels] == ["K", "V", "K and V"]
+    assert view.panels[0].columns == ("kv8-channel", "kv4-channel", "kv2-channel")
+    assert view.panels[0].values[1, 2] == pytest.approx(3.0 / 16 * 5)
+    assert view.panels[2].values.shape == (3, 9)
+    columns = view.columns()
+    assert {len(c) for c in columns.values()} == {3 * (3 + 3 + 9)}
+    json.dumps(null_nan(view.to_dict()), allow_nan=False)
+    assert build_map(KvTable.from_rows(rows(20.0), "kv_fisher", LAYOUT)).title.startswith(
+        "V at 4 bits hurts 4.0 times"
+    )
+    assert len(charts.map_chart(view, LIGHT).data) == 3
+
+
+def test_the_split_is_the_best_point_of_its_own_curve_and_near_the_joint_optimum(table):
+    from bitatlas.solvers import get_solver
+    from bitatlas.solvers.joint import join_kv
+
+    memory = 110_000
+    view = build_split(weights(), table, GEOMETRY, memory=memory, context=512, batch=1)
+    assert view.best == int(np.argmin(view.total))
+    assert (np.diff(view.kv_bytes) > 0).all()
+    joint = join_kv(
+        weights(), GEOMETRY, table.formats(), table.damage, context=512, layout=LAYOUT, limit_bytes=memory
+    )
+    best = get_solver("mckp").solve(joint.problem).certificate.objective
+    assert best <= view.total[view.best] + 1e-12 <= 3 * best
+    assert set(view.plan) == {0, 2, 3}
+    assert "Give the KV cache" in view.title
+    assert len(charts.split_chart(view, LIGHT).data) == 4
+    longer = build_split(weights(), table, GEOMETRY, memory=memory, context=700, batch=1)
+    assert longer.total[longer.best] > view.total[view.best]
+
+
+def test_too_little_memory_is_said(table):
+    with pytest.raises(UserError, match="too small"):
+        build_split(weights(), table, GEOMETRY, memory=4_000, context=512, batch=1)
+    with pytest.raises(UserError, match="context"):
+        build_split(weights(), table, GEOMETRY, memory=4_000, context=0, batch=1)
