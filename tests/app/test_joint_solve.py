@@ -74,7 +74,13 @@ def test_what_does_not_go_together_is_said(index):
         solving.solve("m", metric="fisher_projection", fit=200_000, context=4096, kv=True, reserve=1)
     with pytest.raises(UserError, match="cannot be added"):
         solving.solve(
-            "m", metric="fisher_projection", fit=2_400_000, context=64, kv=True, kv_metric="kv_error", reserve=1
+            "m",
+            metric="fisher_projection",
+            fit=2_400_000,
+            context=64,
+            kv=True,
+            kv_metric="kv_error",
+            reserve=1,
         )
     with pytest.raises(UserError, match="about the KV cache"):
         solving.solve("m", metric="kv_fisher", bits=4)
