@@ -8,6 +8,7 @@ import streamlit as st
 
 from bitatlas.analysis.schema import Allocation, Provenance, parse_format
 from bitatlas.app import studies
+from bitatlas.app.budgets import uniform_kv
 from bitatlas.app.studies import Study
 from bitatlas.app.views.fit import FitView
 from bitatlas.app.views.fit_controls import Asked
@@ -65,7 +66,9 @@ def allocation(study: Study, asked: Asked, view: FitView, pins: dict[str, str]) 
     solution = get_solver("hull").solve(posed)
     provenance = Provenance(model_digest=study.index.digest, model_name=study.index.name,
                             settings={"run": study.tables[asked.metric].run, "formats": list(asked.formats), "solver": "hull"})  # fmt: skip
-    return to_allocation(posed, solution, study.index, budget=budget, provenance=provenance)
+    kv = uniform_kv(study.index, asked.kv_bits, asked.kv_bits) if asked.context else {}
+    plan = {layer: (pair.k.name, pair.v.name) for layer, pair in kv.items()}
+    return to_allocation(posed, solution, study.index, budget=budget, provenance=provenance, kv=plan)
 
 
 def keep(kept: Allocation) -> None:

@@ -106,7 +106,8 @@ def test_bounds_suit_the_model(index: ModelIndex):
 
 def test_the_budget_takes_the_cache_and_the_reserve_off(index: ModelIndex):
     asked = Asked("fisher", FORMATS, 1 << 20, 128, 2, 8, 1000)
-    kv = 6 * 128 * 2 * 2 * 32 * 2  # layers, tokens, sequences, heads, head size, bytes of K and V at 8 bits
+    # Of 128 tokens 96 are packed, with 4 bytes a channel and block (K) or a token (V); 32 stay at 16 bits. Two heads of 32.
+    kv = 6 * 2 * 2 * (2 * 96 * 32 + 3 * 32 * 4 + 96 * 4 + 2 * 32 * 32 * 2)
     assert asked.budget(index).weights_bytes == (1 << 20) - kv - 1000
 
 
