@@ -68,6 +68,22 @@ class PrefixRunner:
     @torch.no_grad()
     def record(self, ids: Tensor) -> Recording:
         """A whole run of (B, T) ids; the first one also tries out that resuming changes nothing."""
+        recording = self._recorded(ids, ())
+        if self.exact is None:
+            # Models whose blocks share state (KV of an earlier block) fail this and are run whole.
+            self.exact = all(
+                torch.allclose(self._resume(recording, layer), recording.logits, rtol=1e-5, atol=1e-5)
+                for layer in {1, len(self._blocks) // 2, len(self._blocks)}
+            )
+        return recording
+
+    @torch.no_grad()
+    def again(self, recording: Recording, layer: int) -> Recording:
+        """`resume`, recorded: a later run can start from this one's blocks."""
+        return self._recorded(recording.ids, recording.outputs[: max(layer, 0)] if self.exact else ())
+
+    def _recorded(self, ids: Tensor, known: tuple[Any, ...]) -> Recording:
+        """A run whose first blocks return ``known``."""
         outputs: list[Any] = [None] * len(self._blocks)
 
         def keep(i: int) -> Any:
@@ -78,18 +94,12 @@ class PrefixRunner:
 
         handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(self._blocks)]
         try:
-            logits = self._loaded.logits(ids)
+            with replaced_blocks(self._blocks[: len(known)], known):
+                logits = self._loaded.logits(ids)
         finally:
             for handle in handles:
                 handle.remove()
-        recording = Recording(ids, tuple(outputs), logits)
-        if self.exact is None:
-            # Models whose blocks share state (KV of an earlier block) fail this and are run whole.
-            self.exact = all(
-                torch.allclose(self._resume(recording, layer), logits, rtol=1e-5, atol=1e-5)
-                for layer in {1, len(self._blocks) // 2, len(self._blocks)}
-            )
-        return recording
+        return Recording(ids, tuple(outputs), logits)
 
     @torch.no_grad()
     def resume(self, recording: Recording, layer: int) -> Tensor:

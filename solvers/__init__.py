@@ -17,6 +17,7 @@ from bitatlas.solvers.baq import Baq
 from bitatlas.solvers.base import PROVED, SOLUTION_PRESENT, STATUSES, Solution, Solver
 from bitatlas.solvers.bisection import Bisection
 from bitatlas.solvers.certificate import Certificate, certify
+from bitatlas.solvers.evopress import EvoPress
 from bitatlas.solvers.front_cache import FrontCache, FrontPoint
 from bitatlas.solvers.frontier import frontier
 from bitatlas.solvers.hull import Hull
@@ -29,11 +30,16 @@ from bitatlas.solvers.pmq import Pmq, PmqGlobal
 from bitatlas.solvers.problem import Problem, SideBudget
 from bitatlas.solvers.projection_descent import ProjectionDescent
 from bitatlas.solvers.random_best import RandomBest
+from bitatlas.solvers.random_search import RandomSearch
+from bitatlas.solvers.rco import Rco
+from bitatlas.solvers.refine import Refine
+from bitatlas.solvers.searcher import Searcher, State
 from bitatlas.solvers.tpe import Tpe
 from bitatlas.solvers.uniform import Uniform
 
 __all__ = [
     "PROVED",
+    "SEARCHERS",
     "SOLUTION_PRESENT",
     "SOLVERS",
     "STATUSES",
@@ -41,12 +47,15 @@ __all__ = [
     "FrontCache",
     "FrontPoint",
     "Problem",
+    "Searcher",
     "SideBudget",
     "Solution",
     "Solver",
+    "State",
     "certify",
     "choice_of",
     "frontier",
+    "get_searcher",
     "get_solver",
     "to_allocation",
 ]
@@ -71,6 +80,28 @@ SOLVERS: dict[str, type[Solver]] = {
     "nsga2": Nsga2,
     "kvtuner": KvTuner,
 }
+
+# Searches on the real model (jobs, not functions): `bitatlas search`.
+SEARCHERS: dict[str, type[Searcher]] = {
+    "refine": Refine,
+    "evopress": EvoPress,
+    "rco": Rco,
+    "random_search": RandomSearch,
+}
+
+
+def get_searcher(name: str) -> type[Searcher]:
+    """The search called ``name``.
+
+    Raises:
+        UserError: no such search; the message names the nearest ones.
+    """
+    found = SEARCHERS.get(name.strip().lower())
+    if found is None:
+        near = difflib.get_close_matches(name.lower(), SEARCHERS, n=3, cutoff=0.4)
+        raise UserError(f"there is no search called {name!r}", found=f"nearest: {', '.join(near) or 'none'}",
+                        fix=f"one of {', '.join(SEARCHERS)}; `bitatlas solve` takes the others")  # fmt: skip
+    return found
 
 
 def get_solver(name: str) -> Solver:

@@ -15,6 +15,7 @@ from bitatlas.analysis.schema.allocation import (
 from bitatlas.analysis.schema.damage import NO_FORMAT, DamageRow, Provenance, SensitivityTable
 from bitatlas.analysis.schema.kv import KvTable, is_kv_metric, kv_layer, kv_unit
 from bitatlas.analysis.schema.model import KeptTensor, KvGeometry, ModelIndex, QuantUnit, TieGroup
+from bitatlas.analysis.schema.scores import Objective, Scores, Spent
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import FORMATS, Format, expand_formats, parse_format
 from bitatlas.kernels.kv.formats import (
@@ -45,9 +46,12 @@ __all__ = [
     "KvPair",
     "KvTable",
     "ModelIndex",
+    "Objective",
     "Provenance",
     "QuantUnit",
+    "Scores",
     "SensitivityTable",
+    "Spent",
     "TieGroup",
     "UserError",
     "expand_formats",

@@ -18,6 +18,7 @@ from bitatlas.app.tasks.measuring import (
 )
 from bitatlas.app.tasks.models import confine, open_index, register, scan
 from bitatlas.app.tasks.refining import refine, submit_refine
+from bitatlas.app.tasks.searching import search, search_candidates, submit_search
 from bitatlas.app.tasks.shipping import check, export, generate, pack, submit_pack
 from bitatlas.app.tasks.solving import (
     build_problem,
@@ -61,12 +62,15 @@ __all__ = [
     "refine",
     "register",
     "scan",
+    "search",
+    "search_candidates",
     "solve",
     "solvers",
     "submit_measure",
     "submit_pack",
     "submit_random_allocations",
     "submit_refine",
+    "submit_search",
     "submit_verify",
     "targets",
     "truth",

@@ -37,14 +37,23 @@ def quantizers() -> list[str]:
 
 
 def solvers() -> list[dict[str, Any]]:
-    """Every allocator: name, title, exact or not, whole front or not, source."""
-    from bitatlas.solvers import SOLVERS
+    """Every allocator: name, title, exact or not, whole front or not, source; then the searches on the real model."""
+    from bitatlas.solvers import SEARCHERS, SOLVERS
 
-    return [
-        {"name": s.NAME, "title": s.TITLE, "exact": s.EXACT, "front": s.FRONT, "ties": s.HANDLES_TIES,
-         "needs_damage": s.NEEDS_DAMAGE, "source": s.SOURCE}
+    rows = [
+        {"name": s.NAME, "title": s.TITLE, "command": "solve", "exact": s.EXACT, "front": s.FRONT, "ties": s.HANDLES_TIES,
+         "needs_damage": s.NEEDS_DAMAGE, "settings": "", "source": s.SOURCE}
         for s in SOLVERS.values()
     ]  # fmt: skip
+    return rows + [
+        {"name": s.NAME, "title": s.TITLE, "command": "search", "exact": False, "front": False, "ties": True,
+         "needs_damage": s.NEEDS_DAMAGE, "settings": " ".join(f"{k}={_short(v)}" for k, v in s.SETTINGS.items()), "source": s.SOURCE}
+        for s in SEARCHERS.values()
+    ]  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def targets() -> list[dict[str, Any]]:

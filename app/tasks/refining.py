@@ -1,15 +1,16 @@
-"""Refining: an allocation improved on the real model, accepted only where measured KL falls."""
+"""Refining: an allocation improved on the real model, accepted only where measured KL falls by more than its noise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitatlas.analysis.schema import Allocation, UserError
-from bitatlas.app.tasks.jobs import submit, submit_and_wait
-from bitatlas.app.tasks.measuring import calibration_file, file_digest
+from bitatlas.analysis.schema import Allocation, Budget, UserError
+from bitatlas.app.tasks.jobs import submit_and_wait
 from bitatlas.app.tasks.models import register
+from bitatlas.app.tasks.searching import submit_search
 from bitatlas.app.tasks.solving import read_allocation
 from bitatlas.cache.paths import Home, atomic_write
 from bitatlas.cache.store import Store
@@ -22,12 +23,14 @@ def submit_refine(
     allocation: str | Path | Allocation,
     *,
     calibration: str | Path | None = None,
-    tokens: int = 4096,
+    tokens: int = 8192,
     seq_len: int = 256,
-    rounds: int = 4,
+    rounds: int = 8,
     seed: int = 77,
 ) -> str:
-    """Start (or join) the refining job; returns its id.
+    """Start (or join) the search `refine` from an allocation, on its own metric, formats, pins and budget.
+
+    Half of ``tokens`` gives the slopes, the other half judges; of at most ``rounds`` rounds.
 
     Raises:
         UserError: allocation of another model, one that no measurement stands behind, no text.
@@ -35,7 +38,6 @@ def submit_refine(
     index = register(model)
     plan = allocation if isinstance(allocation, Allocation) else read_allocation(allocation)
     plan.check_model(index)
-    store = Store(Home.default())
     settings = plan.provenance.settings
     run, formats = settings.get("run"), settings.get("formats")
     if not run or not formats:
@@ -47,17 +49,16 @@ def submit_refine(
     if settings.get("target"):
         raise UserError(
             "this allocation was solved under an engine's ties, which refining does not know",
-            fix="refine one solved without --target",
+            found=f"solver {plan.solver}",
+            fix="bitatlas search MODEL --solver refine --start FILE --target ENGINE --metric METRIC --bits B",
         )
-    store.run(run)
-    text = calibration_file(index.path, calibration)
-    if text is None:
-        raise UserError("refining needs a calibration text", found="none was named", fix="--calibration FILE")
-    params = {
-        "model": index.path, "digest": index.digest, "allocation": store.put_allocation(plan), "run": run, "formats": list(formats),
-        "calibration": str(text), "calibration_sha": file_digest(text), "tokens": tokens, "seq_len": seq_len, "rounds": rounds, "seed": seed,
-    }  # fmt: skip
-    return submit("refine", params, f"refine {index.name} at {plan.bits_per_weight:.2f} bits")
+    half = max(tokens // 2, 1)
+    budget = plan.budget or Budget(plan.weights_bytes)
+    return submit_search(
+        index.path, solver="refine", metric=settings.get("metric", plan.metric), run=str(run), budget=replace(budget),
+        formats=tuple(formats), pins=plan.pins, calibration=calibration, tokens=tokens, seq_len=seq_len, steps=rounds, seed=seed,
+        settings={"tokens": half, "judge_tokens": half, "few_tokens": max(half // 4, 1)}, start=[plan], label=f"{plan.solver}+refine",
+    )  # fmt: skip
 
 
 def refine(
@@ -65,9 +66,9 @@ def refine(
     allocation: str | Path | Allocation,
     *,
     calibration: str | Path | None = None,
-    tokens: int = 4096,
+    tokens: int = 8192,
     seq_len: int = 256,
-    rounds: int = 4,
+    rounds: int = 8,
     seed: int = 77,
     output: str | Path | None = None,
     on_progress: Callable[[Any], None] | None = None,

@@ -10,7 +10,7 @@ __all__ = ["WORKS"]
 WORKS: dict[str, str] = {
     "measure": "bitatlas.app.work.measure:MeasureWork",
     "random_allocations": "bitatlas.app.work.random_allocations:RandomAllocationsWork",
-    "refine": "bitatlas.app.work.refine:RefineWork",
+    "search": "bitatlas.app.work.search:SearchWork",
     "verify": "bitatlas.app.work.verify:VerifyWork",
     "pack": "bitatlas.app.work.pack_job:PackWork",
 }

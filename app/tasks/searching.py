@@ -1,0 +1,163 @@
+"""Searching: an allocation found on the real model itself; every candidate is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bitatlas.analysis.schema import Allocation, Budget, ModelIndex, UserError, expand_formats, resolve_pins
+from bitatlas.app.budgets import resolve_budget
+from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait, the_jobs
+from bitatlas.app.tasks.measuring import calibration_file, file_digest
+from bitatlas.app.tasks.models import register
+from bitatlas.app.tasks.solving import build_problem, find_table, read_allocation
+from bitatlas.cache.keys import digest
+from bitatlas.cache.paths import Home, atomic_write
+from bitatlas.cache.store import Store
+from bitatlas.solvers import Problem, get_searcher
+from bitatlas.solvers.infeasible import check_feasible
+
+__all__ = ["search", "search_candidates", "search_problem", "search_run", "submit_search"]
+
+Named = str | Path | Allocation
+
+
+def submit_search(
+    model: str | Path,
+    *,
+    solver: str = "evopress",
+    metric: str | None = None,
+    budget: Budget | None = None,
+    bits: float | None = None,
+    bytes_: str | int | None = None,
+    formats: str | tuple[str, ...] = "int{2,3,4,5,6,8}-g64",
+    pins: list[str] | Mapping[str, str] | None = None,
+    target: str | None = None,
+    calibration: str | Path | None = None,
+    tokens: int = 65536,
+    seq_len: int = 256,
+    steps: int | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    start: Iterable[Named] = (),
+    policy: str | Path | None = None,
+    label: str = "",
+    run: str = "",
+) -> str:
+    """Start (or join) a search; returns the job's id. The same question is the same job.
+
+    Args:
+        metric: a measured one, for searches that need damages; None = none.
+        tokens: the pool of calibration text; minibatches are drawn from it.
+        steps: generations (rounds, steps, ...) after the first; None = the search's own default.
+        settings: further settings of the search (``bitatlas solvers`` lists them).
+        start: allocations to begin with.
+        policy: a policy file of an earlier search, applied as it is with ``steps=0``.
+        label: what the allocation names as its solver. run: the measurement to use instead of the newest.
+
+    Raises:
+        UserError: anything in it that cannot be.
+    """
+    kind = get_searcher(solver)
+    index = register(model)
+    store = Store(Home.default())
+    names = tuple(f.name for f in expand_formats(formats))
+    if target is not None:
+        from bitatlas.app.targets import get_target
+        from bitatlas.app.targets.limits import limits_of
+
+        names = limits_of(get_target(target), index, names).formats
+    if metric is None and kind.NEEDS_DAMAGE:
+        raise UserError(
+            f"{kind.NAME} needs a measured damage", found="no metric", fix="name one with --metric"
+        )
+    if metric:
+        run = run or find_table(store, index, metric, names).run
+        store.run(run)
+    text = calibration_file(index.path, calibration)
+    if text is None:
+        raise UserError(
+            "searching needs a calibration text", found="none was named", fix="--calibration FILE"
+        )
+    for name, value in (("tokens", tokens), ("sequence length", seq_len)):
+        if value < 2:
+            raise UserError(f"the {name} must be at least 2", found=str(value))
+    chosen = dict(settings or {}) | ({} if steps is None else {"steps": steps})
+    checked = kind.checked(chosen)
+    budget = budget or resolve_budget(index, bits=bits, bytes_=bytes_)
+    starts = []
+    for item in start:
+        allocation = item if isinstance(item, Allocation) else read_allocation(item)
+        allocation.check_model(index)
+        outside = sorted(set(allocation.formats.values()) - set(names))
+        if outside:
+            raise UserError("an allocation to begin with has formats outside the search", found=", ".join(outside), fix="--formats")  # fmt: skip
+        starts.append(store.put_allocation(allocation))
+    if policy is not None and not (kind.HAS_POLICY and Path(policy).is_file()):
+        raise UserError("this policy cannot be used", found=f"{policy} for {kind.NAME}", fix="a .safetensors file that `bitatlas search --solver ramp` left")  # fmt: skip
+    pinned = dict(pins) if isinstance(pins, Mapping) else resolve_pins(pins or [], index.unit_keys())
+    params = {
+        "model": index.path, "digest": index.digest, "solver": kind.NAME, "metric": metric or "", "run": run,
+        "formats": list(names), "pins": pinned, "target": target or "", "budget": asdict(budget),
+        "limit_bytes": budget.weights_bytes - index.kept_bytes, "calibration": str(text), "calibration_sha": file_digest(text),
+        "tokens": tokens, "seq_len": seq_len, "seed": seed, "start": starts, "label": label or kind.NAME,
+        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in checked.items()},
+        "policy": str(Path(policy).resolve()) if policy else "", "policy_sha": file_digest(Path(policy)) if policy else "",
+    }  # fmt: skip
+    check_feasible(search_problem(params, index, Home.default()))  # now rather than in the job
+    return submit("search", params, f"{kind.TITLE} on {index.name}, {budget.label or 'as given'}")
+
+
+def search_problem(params: Mapping[str, Any], index: ModelIndex, home: Home) -> Problem:
+    """The problem of a search's parameters."""
+    formats, table, limits = tuple(params["formats"]), None, None
+    if params["run"]:
+        table = Store(home).table(params["run"], params["metric"], index.unit_keys()).select(formats)
+    if params["target"]:
+        from bitatlas.app.targets import get_target
+        from bitatlas.app.targets.limits import limits_of
+
+        limits = limits_of(get_target(params["target"]), index, formats)
+    return build_problem(index, table, formats, params["limit_bytes"], params["pins"], limits)
+
+
+def search_run(params: Mapping[str, Any]) -> str:
+    """The run that a search's candidates belong to in the store."""
+    return "search-" + digest(dict(params))
+
+
+def search(
+    model: str | Path,
+    *,
+    output: str | Path | None = None,
+    wait: bool = True,
+    on_progress: Callable[[Any], None] | None = None,
+    **options: Any,
+) -> Allocation | dict[str, Any]:
+    """`submit_search` with ``options``; with ``wait`` the allocation found (written to ``output``), else the job's status."""
+    job = submit_search(model, **options)
+    status = submit_and_wait(job, wait, on_progress)
+    if not wait:
+        return status_dict(status)
+    found = Store(Home.default()).allocation((status.result or {})["allocation"])
+    if output is not None:
+        atomic_write(Path(output).expanduser().resolve(), found.to_json().encode())
+    return found
+
+
+def search_candidates(job: str) -> list[dict[str, Any]]:
+    """Every candidate that a search has scored so far, in the order of what had been spent.
+
+    Returns:
+        step, forward_equivalents (spent by then), payload_bytes, kl, kl_stderr, tokens (it was scored on), choice.
+    """
+    rows = Store(Home.default()).candidates(search_run(the_jobs().job(job).params))
+    out = []
+    for c in rows:
+        extra = c.extra or {}
+        out.append({"step": extra.get("step"), "forward_equivalents": extra.get("forward_equivalents"),
+                    "payload_bytes": c.payload_bytes, "kl": c.objective, "kl_stderr": extra.get("stderr"),
+                    "tokens": c.tokens, "choice": extra.get("choice")})  # fmt: skip
+    return sorted(out, key=lambda r: (r["forward_equivalents"] or 0, r["kl"]))

@@ -1,0 +1,154 @@
+"""The contract of a search on the real model: steps over a state of plain arrays, so that a killed job goes on.
+
+A searcher draws its random numbers from (seed, step) and keeps everything else in the state: the same problem, objective,
+settings and seed give the same answer, with or without interruptions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import numpy as np
+
+from bitatlas.analysis.schema import Objective, UserError
+from bitatlas.solvers.infeasible import check_feasible
+from bitatlas.solvers.mckp import Mckp
+from bitatlas.solvers.problem import Problem
+
+__all__ = ["Searcher", "State", "solve_costs"]
+
+State = dict[str, np.ndarray]
+"""At least ``choice`` (U,) int64, the best so far, ``kl`` (), its last measured KL, and ``done`` () bool."""
+
+
+class Searcher(ABC):
+    """One search.
+
+    Args:
+        problem: units, formats, bytes and budget; damages where `NEEDS_DAMAGE`.
+        objective: the real model.
+        seed: of everything random.
+        settings: overrides of `SETTINGS`.
+        start: (K, U) choices within the budget to begin with, maybe none.
+        features: (U, 9) of `analysis.unit_features`, where `NEEDS_FEATURES`.
+        policy: arrays of a policy trained before, where `HAS_POLICY`.
+
+    Raises:
+        UserError: an unknown or malformed setting, something needed that is missing, an impossible budget.
+    """
+
+    NAME: ClassVar[str]
+    TITLE: ClassVar[str]
+    SOURCE: ClassVar[str]
+    STEP: ClassVar[str] = "generation"
+    """What a step is called."""
+    SETTINGS: ClassVar[Mapping[str, Any]]
+    """Name -> default; ``steps`` is the number of steps after the first."""
+    NEEDS_DAMAGE: ClassVar[bool] = False
+    NEEDS_SLOPES: ClassVar[bool] = False
+    NEEDS_FEATURES: ClassVar[bool] = False
+    HAS_POLICY: ClassVar[bool] = False
+    REQUIRES: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self, problem: Problem, objective: Objective, *, seed: int = 0, settings: Mapping[str, Any] | None = None,
+        start: np.ndarray | None = None, features: np.ndarray | None = None, policy: Mapping[str, np.ndarray] | None = None,
+    ) -> None:  # fmt: skip
+        missing = [m for m in self.REQUIRES if find_spec(m) is None]
+        if missing:
+            raise UserError(f"{self.NAME} needs {', '.join(missing)}", fix=f"pip install {' '.join(missing)}")
+        if problem.side:
+            raise UserError(
+                f"{self.NAME} knows one budget only", found=", ".join(s.name for s in problem.side)
+            )
+        if self.NEEDS_DAMAGE and not problem.has_damage:
+            raise UserError(f"{self.NAME} needs a damage for every unit", found="no metric", fix="name one with --metric")  # fmt: skip
+        check_feasible(problem)
+        self.problem, self.objective, self.seed = problem, objective, seed
+        self.settings = self.checked(settings or {})
+        starts = np.zeros((0, len(problem.units)), np.int64) if start is None else np.atleast_2d(start)
+        self.start = np.array([c for c in starts if self.fits(c)], np.int64).reshape(-1, len(problem.units))
+        self.features = features
+        self.policy = dict(policy or {})
+
+    @classmethod
+    def checked(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """`SETTINGS` with overrides; numbers keep the type of their default.
+
+        Raises:
+            UserError: an unknown name, or a value of another kind.
+        """
+        unknown = sorted(set(settings) - set(cls.SETTINGS))
+        if unknown:
+            raise UserError(
+                f"{cls.NAME} has no setting {', '.join(unknown)}",
+                found=f"settings: {', '.join(cls.SETTINGS)}",
+            )
+        out = dict(cls.SETTINGS)
+        for name, value in settings.items():
+            default = cls.SETTINGS[name]
+            wrong = UserError(f"the setting {name} of {cls.NAME} has the wrong kind", found=repr(value), fix=f"something like {default!r}")  # fmt: skip
+            try:
+                if isinstance(default, tuple):
+                    parts = value.split("/") if isinstance(value, str) else list(np.atleast_1d(value))
+                    out[name] = tuple(type(default[0])(v) for v in parts)
+                    ok = bool(out[name]) and min(out[name]) > 0
+                else:
+                    out[name] = type(default)(value)
+                    ok = isinstance(default, str) or bool(np.isfinite(out[name]) and out[name] >= 0)
+            except (TypeError, ValueError):
+                raise wrong from None
+            if not ok:
+                raise wrong
+        return out
+
+    @property
+    def steps(self) -> int:
+        """Steps of a whole search, the first one (`begin`) not counted."""
+        return int(self.settings["steps"])
+
+    def rng(self, step: int) -> np.random.Generator:
+        """The random numbers of one step."""
+        return np.random.default_rng([self.seed, step])
+
+    def fits(self, choice: np.ndarray) -> bool:
+        """Whether a choice (U,) is allowed, keeps the ties and lies within the budget."""
+        p, c = self.problem, self.problem.classes
+        choice = np.asarray(choice)
+        together = bool((c.expand(c.expand_back(choice)) == choice).all())
+        return (
+            together
+            and bool(p.allowed[np.arange(len(choice)), choice].all())
+            and p.payload(choice) <= p.limit_bytes
+        )
+
+    @abstractmethod
+    def begin(self) -> State:
+        """The state before the first step."""
+
+    @abstractmethod
+    def step(self, state: State, number: int) -> State:
+        """One step, numbered from 1; only called while ``state["done"]`` is false. Leaves ``state`` as it is."""
+
+    def run(self) -> State:
+        """All steps in this process."""
+        state = self.begin()
+        for number in range(1, self.steps + 1):
+            if bool(state["done"]):
+                break
+            state = self.step(state, number)
+        return state
+
+
+def solve_costs(problem: Problem, cost: np.ndarray) -> np.ndarray:
+    """(C,) the exact best choice for costs (C, F) of classes, any sign, within the budget; inf = not allowed."""
+    c = problem.classes
+    open_ = c.allowed & np.isfinite(cost)
+    lifted = np.where(open_, cost - np.where(open_, cost, np.inf).min(axis=1, keepdims=True), np.inf)
+    view = replace(problem)
+    view.__dict__["classes"] = replace(c, damage=lifted, allowed=open_)
+    return c.expand_back(Mckp()._solve(view, 0, np.inf).choice)

@@ -1,0 +1,155 @@
+"""The search job, run inline: rows, resuming, what it leaves; the task's checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitatlas.analysis.schema import DamageRow, UserError
+from bitatlas.app.tasks import searching
+from bitatlas.app.tasks.models import register
+from bitatlas.app.tasks.refining import submit_refine
+from bitatlas.app.tasks.solving import solve
+from bitatlas.app.work.recorder import packed_choice, unpacked_choice
+from bitatlas.app.work.search import SearchWork
+from bitatlas.cache.paths import Home
+from bitatlas.cache.store import Store
+
+FORMATS = "int{2,3,4,8}-g64"
+SMALL = {"offspring": 4, "survivors": "2/1", "tokens": "48/96", "initial": 3, "initial_tokens": 48}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """A data folder, a model, a text, and `submit` that keeps the parameters instead of starting a worker."""
+    folder = tmp_path_factory.mktemp("home")
+    text = folder / "text.txt"
+    words = "the of and to in a is that it was for on are as with his they at be this from have or by one had not".split()
+    text.write_text(
+        "\n".join(" ".join(words[(i * 7 + j * j * 3) % len(words)] for j in range(30)) for i in range(60))
+    )
+    kept: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BITATLAS_HOME", str(folder))
+        patch.setattr(searching, "submit", lambda kind, params, title: kept.append(params) or "job")
+        model = tiny_checkpoint("qwen3_moe")
+        index, store = register(model), Store(Home.default())
+        rng = np.random.default_rng(0)
+        run = "run-of-the-test"
+        store.begin_run(run=run, model_digest=index.digest, metric="weight_error", settings={}, calibration="", provenance={},
+                        formats=[f"int{b}-g64" for b in (2, 3, 4, 8)])  # fmt: skip
+        scale = rng.lognormal(0, 1, len(index.units))
+        store.write_step(run, "all", [DamageRow("weight_error", u.key, f"int{b}-g64", float(s * 4.0**-b), 0.0, 1, 0.0)
+                                      for u, s in zip(index.units, scale) for b in (2, 3, 4, 8)])  # fmt: skip
+        store.finish_run(run)
+        yield {"model": model, "text": text, "kept": kept, "index": index, "folder": folder}
+
+
+def params(case: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Parameters of a search as the job gets them: through JSON."""
+    import json
+
+    options = {"bits": 4.0, "formats": FORMATS, "calibration": case["text"], "tokens": 192, "seq_len": 24} | options
+    searching.submit_search(case["model"], **options)
+    return json.loads(json.dumps(case["kept"][-1]))
+
+
+def finished(work: SearchWork) -> dict[str, Any]:
+    for key in work.plan():
+        work.run(key)
+    return work.finish()
+
+
+@pytest.fixture(scope="module")
+def evolved(case: dict[str, Any]) -> dict[str, Any]:
+    p = params(case, solver="evopress", steps=2, settings=SMALL)
+    work = SearchWork(p, Home.default())
+    return {"params": p, "work": work, "result": finished(work)}
+
+
+def test_every_candidate_is_a_row(case: dict[str, Any], evolved: dict[str, Any]):
+    work, result = evolved["work"], evolved["result"]
+    rows = Store(Home.default()).candidates(result["candidates"])
+    # 3 starts, then 4 offspring and 2 + the parent in each of two generations.
+    assert len(rows) == 3 + 2 * (4 + 3)
+    assert all(r.payload_bytes <= work.problem.limit_bytes and np.isfinite(r.objective) for r in rows)
+    for row in rows[:3]:
+        choice = unpacked_choice(row.extra["choice"])
+        assert work.problem.payload(choice) == row.payload_bytes
+    assert max(r.extra["forward_equivalents"] for r in rows) == result["forward_equivalents"]
+    assert result["forward_tokens"] == (3 + 1) * 48 + 2 * ((4 + 1) * 48 + (3 + 1) * 96)
+
+
+def test_what_it_leaves(case: dict[str, Any], evolved: dict[str, Any]):
+    store, result = Store(Home.default()), evolved["result"]
+    allocation = store.allocation(result["allocation"])
+    allocation.check_model(case["index"])
+    assert allocation.solver == "evopress"
+    assert allocation.predicted == result["kl"] > 0
+    assert (
+        allocation.weights_bytes
+        <= evolved["params"]["limit_bytes"] + case["index"].kept_bytes
+        == allocation.budget.weights_bytes
+    )
+    front = store.frontier(result["frontier"])
+    assert (np.diff(front.payload_bytes) > 0).all()
+    assert (np.diff(front.predicted) < 0).all()
+
+
+def test_a_killed_search_goes_on_where_it_was(case: dict[str, Any], evolved: dict[str, Any]):
+    """Steps whose file is gone are computed again, to the same numbers; rows are not doubled."""
+    work, result = evolved["work"], evolved["result"]
+    folder = Home.default().runs(result["candidates"])
+    before = len(Store(Home.default()).candidates(result["candidates"]))
+    files = sorted(folder.glob("*.npz"), key=lambda f: f.stat().st_mtime)
+    for file in files[1:]:
+        file.unlink()
+    again = SearchWork(evolved["params"], Home.default())
+    again.run(again.plan()[-1])  # the last step only: what is missing before it is made first
+    assert finished(again)["kl"] == result["kl"]
+    assert again.finish()["allocation"] == result["allocation"]
+    assert len(Store(Home.default()).candidates(result["candidates"])) == before
+    assert work.plan() == again.plan()
+
+
+def test_refining_starts_from_the_plan_and_uses_its_budget(case: dict[str, Any]):
+    plan = solve(case["model"], metric="weight_error", bits=4.0, formats=FORMATS)
+    submit_refine(case["model"], plan, calibration=case["text"], tokens=192, seq_len=24, rounds=2)
+    p = case["kept"][-1]
+    work = SearchWork(p, Home.default())
+    result = finished(work)
+    refined = Store(Home.default()).allocation(result["allocation"])
+    assert refined.solver == "mckp+refine"
+    assert refined.payload_bytes <= plan.budget.weights_bytes - plan.kept_bytes == p["limit_bytes"]
+    assert result["kl"] <= result["kl_before"]
+    assert result["backward_tokens"] > 0
+    # Refining what was refined is possible: what it was measured by is still known.
+    submit_refine(case["model"], refined, calibration=case["text"], tokens=192, seq_len=24, rounds=1)
+    assert case["kept"][-1]["run"] == p["run"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"solver": "mckp"}, "no search called"),
+        ({"solver": "refine"}, "needs a measured damage"),
+        ({"metric": "fisher"}, "not been measured"),
+        ({"bits": 1.0}, "smallest"),
+        ({"settings": {"groups": "colour"}}, "schedule"),
+        ({"policy": "nowhere.safetensors"}, "policy"),
+        ({"calibration": None}, "calibration text"),
+        ({"pins": ["no_such_unit=int4-g64"]}, "matches no unit"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_job(case: dict[str, Any], options: dict[str, Any], words: str):
+    with pytest.raises(UserError, match=words):
+        params(case, **options)
+
+
+def test_choices_survive_the_store():
+    choice = np.random.default_rng(0).integers(0, 7, 300)
+    assert (unpacked_choice(packed_choice(choice)) == choice).all()

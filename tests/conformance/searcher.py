@@ -1,0 +1,131 @@
+"""What every search must do, on a model whose KL is known: a quadratic of the units' errors, with noise over sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitatlas.analysis.schema import Scores, Spent, TieGroup, UserError
+from bitatlas.solvers import Problem, Searcher, certify
+
+__all__ = ["Pretended", "SearcherConformance", "search_problem"]
+
+BITS = np.array([2, 3, 4, 6])
+
+
+def search_problem(units: int = 12, seed: int = 0, **options: Any) -> Problem:
+    """Two shapes of matrices, ties and pins as asked, damages that are only nearly right."""
+    rng = np.random.default_rng(seed)
+    damage = rng.lognormal(0, 1.5, (units, 1)) * 4.0**-BITS
+    size = np.where(np.arange(units) % 3 == 0, 200, 100)[:, None] * BITS
+    limit = int(size[:, 1].sum() * 1.1)
+    return Problem.of(damage, size, limit, units=[f"u{i}" for i in range(units)], formats=[f"int{b}" for b in BITS],
+                      roles=["q" if i % 3 else "down" for i in range(units)], **options)  # fmt: skip
+
+
+class Pretended:
+    """An objective: KL of a sequence = quadratic in the true errors, times the sequence's own factor."""
+
+    def __init__(self, problem: Problem, seed: int = 1, noise: float = 0.05) -> None:
+        rng = np.random.default_rng(seed)
+        n = len(problem.units)
+        self.true = np.nan_to_num(problem.damage) * rng.lognormal(0, 0.5, problem.damage.shape)
+        self.cross = 0.2 * rng.random((n, n))
+        self.noise = noise
+        self.spent = Spent()
+        self.calls: list[tuple[int, int, str]] = []
+
+    def kl(self, choice: np.ndarray) -> float:
+        d = np.sqrt(self.true[np.arange(len(choice)), choice])
+        return float(d @ d + d @ self.cross @ d)
+
+    def scores(self, choices: np.ndarray, tokens: int, seed: int, pool: str = "all") -> Scores:
+        choices = np.atleast_2d(choices)
+        self.calls.append((tokens, seed, pool))
+        self.spent = self.spent.plus(Spent(tokens * len(choices), 0, tokens * len(choices), len(choices)))
+        rng = np.random.default_rng([seed, tokens])
+        factor = rng.lognormal(0, self.noise, max(2, tokens // 256))
+        return Scores(
+            np.array([[self.kl(c) * f for f in factor] for c in choices]), np.full(len(factor), 256)
+        )
+
+    def slopes(
+        self, choice: np.ndarray, tokens: int, seed: int, pool: str = "all"
+    ) -> tuple[np.ndarray, float]:
+        self.spent = self.spent.plus(Spent(tokens, tokens, tokens, 1))
+        d = np.sqrt(self.true)
+        here = d[np.arange(len(choice)), choice]
+        gradient = 2 * here + (self.cross + self.cross.T) @ here
+        return (d - here[:, None]) * gradient[:, None], self.kl(choice)
+
+    def distances(self, choice: np.ndarray) -> np.ndarray:
+        d = np.sqrt(self.true)
+        return (d - d[np.arange(len(choice)), choice][:, None]) ** 2
+
+
+class SearcherConformance:
+    """Inherit, add a ``kind`` fixture (the class) and ``SETTINGS`` that end within a second."""
+
+    SETTINGS: dict[str, Any] = {}
+    GAIN = 0.9
+    """Measured KL over that of the median random allocation, at most."""
+
+    def make(self, kind: type[Searcher], problem: Problem, seed: int = 0, **options: Any) -> Searcher:
+        return kind(problem, Pretended(problem), seed=seed, settings=self.SETTINGS, **options)
+
+    def test_class_attributes(self, kind):
+        assert kind.NAME.lower() == kind.NAME
+        assert kind.TITLE
+        assert kind.SOURCE
+        assert "steps" in kind.SETTINGS
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"ties": [TieGroup("t", ("u0", "u1", "u5"))], "pins": {"u2": "int6"}}]
+    )
+    def test_feasible_and_better_than_random(self, kind, options):
+        from bitatlas.solvers.random_best import random_choice
+
+        problem = search_problem(**options)
+        search = self.make(kind, problem)
+        state = search.run()
+        proof = certify(problem, state["choice"])
+        assert proof.feasible, proof.violations
+        rng = np.random.default_rng(9)
+        drawn = [problem.classes.expand(random_choice(problem, rng)) for _ in range(40)]
+        objective = search.objective
+        assert objective.kl(state["choice"]) < self.GAIN * np.median([objective.kl(c) for c in drawn])
+        assert float(state["kl"]) == pytest.approx(objective.kl(state["choice"]), rel=0.5)
+
+    def test_interrupted_is_the_same(self, kind):
+        problem = search_problem()
+        whole = self.make(kind, problem, seed=3)
+        expected = whole.run()
+        state = self.make(kind, problem, seed=3).begin()
+        for number in range(1, whole.steps + 1):
+            if bool(state["done"]):
+                break
+            before = {k: np.array(v) for k, v in state.items()}
+            after = self.make(kind, problem, seed=3).step(state, number)  # a fresh process
+            for name, value in before.items():
+                np.testing.assert_array_equal(state[name], value)  # nothing was changed in place
+            state = {k: np.array(v) for k, v in after.items()}
+        assert state["choice"].tolist() == expected["choice"].tolist()
+        assert float(state["kl"]) == float(expected["kl"])
+
+    def test_the_start_is_used_and_never_lost(self, kind):
+        problem = search_problem()
+        fine = self.make(kind, problem)
+        best = fine.run()["choice"]
+        again = self.make(kind, problem, seed=8, start=best[None])
+        assert again.objective.kl(again.run()["choice"]) <= 1.05 * fine.objective.kl(best)
+
+    def test_bad_settings_and_budgets(self, kind):
+        problem = search_problem()
+        with pytest.raises(UserError, match="no setting nonsense"):
+            kind(problem, Pretended(problem), settings={"nonsense": 1})
+        with pytest.raises(UserError, match="wrong kind"):
+            kind(problem, Pretended(problem), settings={"steps": "many"})
+        with pytest.raises(UserError):
+            kind(problem.with_limit(10), Pretended(problem))

@@ -1,0 +1,162 @@
+"""The searches on the real model, here on a pretended one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitatlas.analysis.schema import UserError
+from bitatlas.solvers import SEARCHERS, Problem, get_searcher
+from bitatlas.solvers.evopress import EvoPress
+from bitatlas.solvers.level_switch import LevelSwitch
+from bitatlas.solvers.random_search import RandomSearch
+from bitatlas.solvers.rco import Manifold, Rco
+from bitatlas.solvers.refine import Refine
+from bitatlas.solvers.searcher import solve_costs
+from tests.conformance.problems import random_problem
+from tests.conformance.searcher import Pretended, SearcherConformance, search_problem
+
+
+class TestEvoPress(SearcherConformance):
+    SETTINGS = {
+        "steps": 12,
+        "offspring": 16,
+        "survivors": "4/2/1",
+        "tokens": "512/1024/2048",
+        "groups": "none",
+    }
+
+    @pytest.fixture
+    def kind(self):
+        return EvoPress
+
+
+class TestRandomSearch(SearcherConformance):
+    SETTINGS = {"steps": 4, "samples": 12}
+
+    @pytest.fixture
+    def kind(self):
+        return RandomSearch
+
+
+class TestRco(SearcherConformance):
+    SETTINGS = {"steps": 30, "samples": 2, "judge_every": 10}
+
+    @pytest.fixture
+    def kind(self):
+        return Rco
+
+
+class TestRefine(SearcherConformance):
+    SETTINGS = {"steps": 6}
+
+    @pytest.fixture
+    def kind(self):
+        return Refine
+
+
+def test_names_and_tests():
+    text = Path(__file__).read_text()
+    for name, kind in SEARCHERS.items():
+        assert name == kind.NAME
+        assert f"return {kind.__name__}\n" in text
+    with pytest.raises(UserError, match="nearest: evopress"):
+        get_searcher("evopres")
+
+
+def test_equal_steps_keep_the_bytes_exactly():
+    bits = np.array([2, 3, 4, 5])
+    size = np.repeat([[8], [8], [8], [24], [24], [24]], 4, axis=1) * bits
+    problem = Problem.of(np.ones(size.shape), size, int(size[:, 1].sum()))
+    for groups in ("size", "none"):
+        switch = LevelSwitch(problem, groups)
+        level, rng, seen = np.ones(6, np.int64), np.random.default_rng(0), set()
+        for _ in range(300):
+            level = switch.mutate(level, rng)
+            assert switch.payload(level) <= problem.limit_bytes
+            if groups == "size":
+                assert switch.payload(level) == problem.limit_bytes
+                assert level[:3].sum() == 3  # the small ones exchange among themselves
+                assert level[3:].sum() == 3
+            seen.add(level.tobytes())
+        assert len(seen) > 20
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_switches_stay_within_any_problem(seed: int):
+    problem = random_problem(seed)
+    c, rng = problem.classes, np.random.default_rng(seed)
+    for groups in ("size", "none"):
+        switch = LevelSwitch(problem, groups)
+        level = switch.random(rng)
+        for _ in range(10):
+            choice = switch.formats(level)
+            assert c.allowed[np.arange(len(choice)), choice].all()
+            assert c.payload(choice) == switch.payload(level) <= problem.limit_bytes
+            assert (switch.level(choice) == level).all()
+            level = switch.mutate(level, rng)
+
+
+def test_the_schedule_of_evopress_costs_what_it_says():
+    problem = search_problem()
+    objective = Pretended(problem)
+    settings = {"steps": 2, "offspring": 10, "survivors": "4/2/1", "tokens": "512/1024/4096", "initial": 5, "initial_tokens": 256,
+                "groups": "none", "scale": 0.5}  # fmt: skip
+    EvoPress(problem, objective, settings=settings).run()
+    assert [c[0] for c in objective.calls] == [128] + 2 * [256, 512, 2048]
+    assert len({c[1] for c in objective.calls}) == 7  # fresh text in every stage
+    assert objective.spent.forward_tokens == 5 * 128 + 2 * (10 * 256 + 4 * 512 + 3 * 2048)
+    with pytest.raises(UserError, match="schedule"):
+        EvoPress(problem, objective, settings={"survivors": "4/1"})
+
+
+def test_the_manifold_is_the_budget():
+    problem = search_problem()
+    c, rng = problem.classes, np.random.default_rng(0)
+    m = Manifold(c.bytes, c.allowed, problem.limit_bytes)
+    a = m.retract(rng.normal(size=c.bytes.shape) * 3)
+    assert m.expected(a) == pytest.approx(m.budget, abs=1e-9)
+    expected = float((m.softmax(a) * c.bytes).sum())
+    assert expected == pytest.approx(problem.limit_bytes, rel=1e-9)
+    g = m.tangent(a, rng.normal(size=a.shape))
+    # Along the tangent the expected bytes change in second order only.
+    drift = [abs(m.expected(a + h * g) - m.budget) for h in (1e-2, 1e-3)]
+    assert drift[1] < 0.02 * drift[0]
+    assert m.tangent(a, g) == pytest.approx(g, abs=1e-9)
+
+
+def test_small_experts_are_not_free():
+    """Two hundred tiny classes beside a huge one: rounding their bytes to a resolution would break the budget."""
+    size = np.concatenate([np.full((200, 1), 7), [[10_000_000]]]) * np.array([2, 4])
+    problem = Problem.of(np.ones(size.shape), size, int(size[:, 0].sum()) + 100 * 14)
+    cost = np.tile([1.0, 0.0], (201, 1))
+    choice = solve_costs(problem, cost)
+    assert problem.classes.payload(choice) <= problem.limit_bytes
+    assert choice[:200].sum() == 100
+    assert choice[200] == 0
+
+
+def test_costs_may_be_negative_and_forbidden():
+    for seed in range(20):
+        problem = random_problem(seed, ties=False, pins=False)
+        rng = np.random.default_rng(seed)
+        cost = rng.normal(size=problem.damage.shape)
+        smallest = problem.classes.smallest()
+        cost[rng.random(cost.shape) < 0.2] = np.inf
+        rows = np.arange(len(cost))
+        cost[rows, smallest] = np.minimum(cost[rows, smallest], 1.0)
+        choice = solve_costs(problem, cost)
+        assert np.isfinite(cost[rows, choice]).all()
+        assert problem.payload(choice) <= problem.limit_bytes
+        assert cost[rows, choice].sum() <= cost[rows, smallest].sum() + 1e-12
+
+
+def test_refining_stops_at_the_noise():
+    problem = search_problem()
+    noisy = Refine(problem, Pretended(problem, noise=0.05), settings={"steps": 40})
+    state = noisy.run()
+    assert bool(state["done"])
+    assert noisy.objective.spent.evaluations < 400
+    assert float(state["kl"]) > 0
