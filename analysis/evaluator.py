@@ -92,7 +92,7 @@ class Evaluator:
         kl: list[np.ndarray] = []
         lengths: list[int] = []
         for numbers, length in self.minibatch(tokens, seed, pool):
-            ids = self._ids(numbers, length)
+            ids = self.ids(numbers, length)
             original = self._original(numbers, length)
             batch = np.empty((len(unique), len(numbers)))
             before: Recording | None = None
@@ -123,7 +123,7 @@ class Evaluator:
                 target = torch.log_softmax(original, -1)
                 with self._placing() as put, torch.enable_grad():
                     put(choice)
-                    ids = self._ids(numbers, length)
+                    ids = self.ids(numbers, length)
                     found = torch.log_softmax(self.loaded.logits(ids), -1)
                     loss = (target.exp() * (target - found)).sum() / total
                     loss.backward()
@@ -153,7 +153,8 @@ class Evaluator:
                 out[j] = float((change * (change if gradient is None else gradient)).sum())
         return out
 
-    def _ids(self, numbers: tuple[int, ...], length: int) -> Tensor:
+    def ids(self, numbers: tuple[int, ...], length: int) -> Tensor:
+        """(B, length) token ids of a batch."""
         return torch.from_numpy(self._tokens[list(numbers), :length])
 
     def _original(self, numbers: tuple[int, ...], length: int) -> Tensor:
@@ -162,7 +163,7 @@ class Evaluator:
         found = self._logits.get(key)
         if found is None:
             with torch.no_grad():
-                ids = self._ids(numbers, length)
+                ids = self.ids(numbers, length)
                 found = (
                     self._runner.record(ids).logits if self._runner.exact is None else self.loaded.logits(ids)
                 )

@@ -24,14 +24,14 @@ def choosers() -> str:
         for m in metrics()
     ]
     solved = [
-        (f"`{s['name']}`", s["title"], "yes" if s["exact"] else "no", "yes" if s["front"] else "no",
+        (f"`{s['name']}`", s["title"], s["command"], "yes" if s["exact"] else "no", "yes" if s["front"] else "no",
          "yes" if s["needs_damage"] else "no", s["source"])
         for s in solvers()
     ]  # fmt: skip
     shipped = [(f"`{t['name']}`", t["title"]) for t in targets()]
     return (
         "## Metrics\n" + _table(("metric", "what", "unit", "needs", "adds up", "source"), measured)
-        + "\n## Solvers\n" + _table(("solver", "what", "exact", "whole front", "needs damage", "source"), solved)
+        + "\n## Solvers\n" + _table(("solver", "what", "command", "exact", "whole front", "needs damage", "source"), solved)
         + "\n## Targets\n" + _table(("target", "engine"), shipped)
     )  # fmt: skip
 

@@ -29,6 +29,7 @@ from bitatlas.solvers.nsga2 import Nsga2
 from bitatlas.solvers.pmq import Pmq, PmqGlobal
 from bitatlas.solvers.problem import Problem, SideBudget
 from bitatlas.solvers.projection_descent import ProjectionDescent
+from bitatlas.solvers.ramp import Ramp
 from bitatlas.solvers.random_best import RandomBest
 from bitatlas.solvers.random_search import RandomSearch
 from bitatlas.solvers.rco import Rco
@@ -86,6 +87,7 @@ SEARCHERS: dict[str, type[Searcher]] = {
     "refine": Refine,
     "evopress": EvoPress,
     "rco": Rco,
+    "ramp": Ramp,
     "random_search": RandomSearch,
 }
 

@@ -61,7 +61,8 @@ class EvoPress(Searcher):
         c = self.problem.classes
         parent = np.asarray(state["choice"])
         level = switch.level(c.expand_back(parent))
-        seen, offspring = {level.tobytes()}, []
+        seen = {level.tobytes()}
+        offspring: list[np.ndarray] = []
         for _ in range(20 * int(self.settings["offspring"])):
             if len(offspring) == int(self.settings["offspring"]):
                 break

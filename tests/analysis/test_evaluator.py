@@ -1,4 +1,4 @@
-"""The evaluation engine against `verify_many` and against the plain slopes."""
+"""The evaluation engine against `verify_many` and against differences of the KL."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from bitatlas.analysis.divergence import token_kl
 from bitatlas.analysis.evaluator import Evaluator
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.operating_point import OperatingPoint
 from bitatlas.analysis.schema import Scores
 from bitatlas.analysis.verify import verify_many
 from bitatlas.kernels.formats import expand_formats
+from bitatlas.kernels.reference import quantize_dequantize
 
 FORMATS = expand_formats("int2-g64,int3-g64,int4-g64,int8-g64")
 T, S = 24, 7
@@ -111,16 +112,28 @@ def test_memory_limits_change_no_number(case: dict[str, Any], tmp_path: Path):
     np.testing.assert_allclose(half, expected, rtol=0.2, atol=1e-5)
 
 
-def test_slopes_and_distances_are_those_of_the_operating_point(case: dict[str, Any]):
-    evaluator, choice = engine(case), case["choices"][3]
-    numbers = [n for batch, _ in evaluator.minibatch(4 * T, 2, "learn") for n in batch]
-    plain = OperatingPoint(
-        case["loaded"], case["index"].unit_keys(), FORMATS, case["tokens"][numbers], batch=3
-    ).slopes(named(case, choice), reach=9)
-    first, value = evaluator.slopes(choice, 4 * T, 2, "learn")
-    assert value == pytest.approx(plain.kl, rel=1e-5)
-    np.testing.assert_allclose(first, plain.first, rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(evaluator.distances(choice), plain.squared, rtol=1e-5)
+def test_slopes_are_the_derivative_of_the_kl(case: dict[str, Any]):
+    evaluator, choice, keys = engine(case), case["choices"][3], case["index"].unit_keys()
+    numbers = [n for batch, _ in evaluator.minibatch(3 * T, 2, "learn") for n in batch]
+    first, value = evaluator.slopes(choice, 3 * T, 2, "learn")
+    far = evaluator.distances(choice)
+    rows = np.arange(len(choice))
+    assert (first[rows, choice] == 0).all()
+    assert value == pytest.approx(evaluator.scores(choice, 3 * T, 2, "learn").mean[0], rel=1e-4)
+    loaded, ids = case["loaded"], torch.from_numpy(case["tokens"][numbers])
+    weights = {u: quantize_dequantize(loaded.handle(u).get(), FORMATS[j]) for u, j in zip(keys, choice)}
+    original = loaded.logits(ids)
+
+    def kl(unit: str, change: torch.Tensor, t: float) -> float:
+        with torch.no_grad(), loaded.swapped({**weights, unit: weights[unit] + t * change}):
+            return float(token_kl(original, loaded.logits(ids)).mean())
+
+    for i in np.argsort(-np.abs(first[:, 0]))[:3]:
+        change = quantize_dequantize(loaded.handle(keys[i]).get(), FORMATS[0]) - weights[keys[i]]
+        assert far[i, 0] == pytest.approx(float(change.pow(2).sum()), rel=1e-5)
+        # So short a step that no token changes its experts: across such a change the KL has no derivative.
+        numeric = (kl(keys[i], change, 0.002) - kl(keys[i], change, -0.002)) / 0.004
+        assert first[i, 0] == pytest.approx(numeric, rel=0.05, abs=1e-6)
 
 
 def test_paired_difference_is_tighter_than_two_errors():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from bitatlas.analysis.schema import DamageRow, UserError
 from bitatlas.app.tasks import searching
@@ -28,7 +30,7 @@ def case(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[...
     """A data folder, a model, a text, and `submit` that keeps the parameters instead of starting a worker."""
     folder = tmp_path_factory.mktemp("home")
     text = folder / "text.txt"
-    words = "the of and to in a is that it was for on are as with his they at be this from have or by one had not".split()
+    words = ["the", "of", "and", "to", "in", "a", "is", "that", "it", "was", "for", "on", "are", "as", "with"]
     text.write_text(
         "\n".join(" ".join(words[(i * 7 + j * j * 3) % len(words)] for j in range(30)) for i in range(60))
     )
@@ -51,9 +53,13 @@ def case(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[...
 
 def params(case: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Parameters of a search as the job gets them: through JSON."""
-    import json
-
-    options = {"bits": 4.0, "formats": FORMATS, "calibration": case["text"], "tokens": 192, "seq_len": 24} | options
+    options = {
+        "bits": 4.0,
+        "formats": FORMATS,
+        "calibration": case["text"],
+        "tokens": 192,
+        "seq_len": 24,
+    } | options
     searching.submit_search(case["model"], **options)
     return json.loads(json.dumps(case["kept"][-1]))
 
@@ -130,6 +136,18 @@ def test_refining_starts_from_the_plan_and_uses_its_budget(case: dict[str, Any])
     # Refining what was refined is possible: what it was measured by is still known.
     submit_refine(case["model"], refined, calibration=case["text"], tokens=192, seq_len=24, rounds=1)
     assert case["kept"][-1]["run"] == p["run"]
+
+
+def test_a_policy_is_a_file_that_another_search_applies_unchanged(case: dict[str, Any]):
+    small = {"episodes": 2, "tokens": 24, "judge_tokens": 48, "updates": 2, "hidden": 8}
+    trained = finished(SearchWork(params(case, solver="ramp", steps=1, settings=small), Home.default()))
+    path = Path(trained["policy"])
+    assert json.loads(path.with_suffix(".json").read_text())["trained_on"] == case["index"].name
+    applied = params(case, solver="ramp", steps=0, settings={"hidden": 8}, policy=path, bits=5.0)
+    result = finished(SearchWork(applied, Home.default()))
+    assert result["evaluations"] == 1
+    before, after = load_file(path), load_file(result["policy"])
+    assert all((before[k] == after[k]).all() for k in before)
 
 
 @pytest.mark.parametrize(
