@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from bitatlas.app.cli_io import emit, progress_printer
+from bitatlas.app.cli_options import DEFAULT_FORMATS, Formats, Json, Metric, Model, Pins, Quantizer, QuantizerText, Solver, Target, Wait
+from bitatlas.app.cli_search import refine, search
 from bitatlas.app.problems import guarded
 
 __all__ = ["app", "main"]
@@ -21,28 +23,8 @@ app = typer.Typer(
 )  # fmt: skip
 jobs_app = typer.Typer(no_args_is_help=False, help="Background jobs: list, show, logs, cancel, resume.")
 app.add_typer(jobs_app, name="jobs")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file, hub id, or `demo`.")]
-Formats = Annotated[str, typer.Option("--formats", help="Comma list; braces expand: int{2,3,4}-g64.")]
-Metric = Annotated[
-    str,
-    typer.Option(
-        "--metric",
-        help="`bitatlas metrics` lists them; a comma list, or `all` that apply, where several make sense.",
-    ),
-]
-Solver = Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists them.")]
-Pins = Annotated[list[str] | None, typer.Option("--pin", help="REGEX=FORMAT, repeatable; later rules win.")]
-Target = Annotated[
-    str | None, typer.Option("--target", help="Solve or export for this engine; `bitatlas targets`.")
-]
-Wait = Annotated[bool, typer.Option("--wait/--detach", help="Show progress until the job is done.")]
-Quantizer = Annotated[str, typer.Option("--quantizer", help="How codes are chosen: rtn, mse, gptq, awq.")]
-QuantizerText = Annotated[
-    Path | None, typer.Option("--calibration", help="Text for gptq and awq; the demo brings its own.")
-]
-DEFAULT_FORMATS = "int{2,3,4,5,6,8}-g64"
+for command in (refine, search):
+    app.command()(command)
 
 
 @app.command()
@@ -133,68 +115,6 @@ def solve(
         kv_bits=kv_bits, kv=kv, kv_metric=kv_metric, reserve=reserve, formats=formats, pins=pin or [], target=target, seed=seed, output=output,
     )  # fmt: skip
     emit(tasks.describe_allocation(result, output), json_output, "allocation")
-
-
-@app.command()
-@guarded
-def refine(
-    model: Model,
-    allocation: Path,
-    output: Annotated[Path, typer.Option("-o", "--output")],
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text or JSONL file; the demo brings its own.")
-    ] = None,
-    tokens: int = 8192,
-    seq_len: int = 256,
-    rounds: int = 8,
-    seed: int = 77,
-    json_output: Json = False,
-) -> None:
-    """Improve an allocation on the real model, within the same bytes; only what measured KL confirms is kept."""
-    from bitatlas.app import tasks
-
-    result = tasks.refine(
-        model, allocation, calibration=calibration, tokens=tokens, seq_len=seq_len, rounds=rounds, seed=seed, output=output,
-        on_progress=progress_printer(json_output),
-    )  # fmt: skip
-    emit(tasks.describe_allocation(result, output), json_output, "allocation")
-
-
-@app.command()
-@guarded
-def search(
-    model: Model,
-    solver: Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists the searches.")] = "evopress",
-    metric: Annotated[str | None, typer.Option("--metric", help="A measured one, where the search needs damages.")] = None,
-    bits: Annotated[float | None, typer.Option(help="Effective bits per weight over the units.")] = None,
-    bytes_: Annotated[str | None, typer.Option("--bytes", help="All weights, kept tensors included.")] = None,
-    formats: Formats = DEFAULT_FORMATS,
-    pin: Pins = None,
-    target: Target = None,
-    calibration: Annotated[Path | None, typer.Option(help="Text or JSONL file; the demo brings its own.")] = None,
-    tokens: Annotated[int, typer.Option(help="Pool of text; minibatches are drawn from it.")] = 65536,
-    seq_len: int = 256,
-    generations: Annotated[int | None, typer.Option(help="Generations, rounds or steps; default: the search's own.")] = None,
-    start: Annotated[list[Path] | None, typer.Option(help="Allocation file to begin with, repeatable.")] = None,
-    policy: Annotated[Path | None, typer.Option(help="Policy file; with --generations 0 applied as it is.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the search.")] = None,
-    seed: int = 0,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write the allocation.")] = None,
-    wait: Wait = True,
-    json_output: Json = False,
-) -> None:  # fmt: skip
-    """Search on the real model. A durable job; every candidate is a row of the store."""
-    from bitatlas.app import tasks
-
-    result = tasks.search(
-        model, solver=solver, metric=metric, bits=bits, bytes_=bytes_, formats=formats, pins=pin or [], target=target,
-        calibration=calibration, tokens=tokens, seq_len=seq_len, steps=generations, start=start or [], policy=policy,
-        settings=tasks.parse_settings(set_ or []), seed=seed, output=output, wait=wait, on_progress=progress_printer(json_output),
-    )  # fmt: skip
-    if isinstance(result, dict):
-        emit(result, json_output, "job")
-    else:
-        emit(tasks.describe_allocation(result, output), json_output, "allocation")
 
 
 @app.command()

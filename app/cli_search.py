@@ -1,0 +1,74 @@
+"""Commands that improve or find an allocation on the real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitatlas.app.cli_io import emit, progress_printer
+from bitatlas.app.cli_options import DEFAULT_FORMATS, Formats, Json, Model, Pins, Target, Wait
+from bitatlas.app.problems import guarded
+
+__all__ = ["refine", "search"]
+
+
+@guarded
+def refine(
+    model: Model,
+    allocation: Path,
+    output: Annotated[Path, typer.Option("-o", "--output")],
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text or JSONL file; the demo brings its own.")
+    ] = None,
+    tokens: int = 8192,
+    seq_len: int = 256,
+    rounds: int = 8,
+    seed: int = 77,
+    json_output: Json = False,
+) -> None:
+    """Improve an allocation on the real model, within the same bytes; only what measured KL confirms is kept."""
+    from bitatlas.app import tasks
+
+    result = tasks.refine(
+        model, allocation, calibration=calibration, tokens=tokens, seq_len=seq_len, rounds=rounds, seed=seed, output=output,
+        on_progress=progress_printer(json_output),
+    )  # fmt: skip
+    emit(tasks.describe_allocation(result, output), json_output, "allocation")
+
+
+@guarded
+def search(
+    model: Model,
+    solver: Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists the searches.")] = "evopress",
+    metric: Annotated[str | None, typer.Option("--metric", help="A measured one, where the search needs damages.")] = None,
+    bits: Annotated[float | None, typer.Option(help="Effective bits per weight over the units.")] = None,
+    bytes_: Annotated[str | None, typer.Option("--bytes", help="All weights, kept tensors included.")] = None,
+    formats: Formats = DEFAULT_FORMATS,
+    pin: Pins = None,
+    target: Target = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text or JSONL file; the demo brings its own.")] = None,
+    tokens: Annotated[int, typer.Option(help="Pool of text; minibatches are drawn from it.")] = 65536,
+    seq_len: int = 256,
+    generations: Annotated[int | None, typer.Option(help="Generations, rounds or steps; default: the search's own.")] = None,
+    start: Annotated[list[Path] | None, typer.Option(help="Allocation file to begin with, repeatable.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="Policy file; with --generations 0 applied as it is.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the search.")] = None,
+    seed: int = 0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write the allocation.")] = None,
+    wait: Wait = True,
+    json_output: Json = False,
+) -> None:  # fmt: skip
+    """Search on the real model. A durable job; every candidate is a row of the store."""
+    from bitatlas.app import tasks
+
+    result = tasks.search(
+        model, solver=solver, metric=metric, bits=bits, bytes_=bytes_, formats=formats, pins=pin or [], target=target,
+        calibration=calibration, tokens=tokens, seq_len=seq_len, steps=generations, start=start or [], policy=policy,
+        settings=tasks.parse_settings(set_ or []), seed=seed, output=output, wait=wait, on_progress=progress_printer(json_output),
+    )  # fmt: skip
+    if isinstance(result, dict):
+        emit(result, json_output, "job")
+    else:
+        emit(tasks.describe_allocation(result, output), json_output, "allocation")
