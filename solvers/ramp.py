@@ -45,7 +45,10 @@ class Ramp(Searcher):
     def begin(self) -> State:
         """The allocation of the untrained (or given) policy without noise, and the given starts."""
         if self.features is None or self.features.shape != (len(self.problem.units), _STATIC):
-            raise UserError("RAMP-style search needs the units' features", found=str(np.shape(self.features)))
+            raise UserError(
+                "RAMP-style search needs the units' features",
+                found="none" if self.features is None else str(self.features.shape),
+            )
         learner = self._learner(None)
         first, *_ = self._walk(learner, None)
         starts = np.array([first, *self.start])

@@ -186,7 +186,7 @@ class SearchWork(Work):
         """``policy.safetensors`` and a JSON beside it that says what it is."""
         folder = self.home.folder("artifacts", "policies")
         path = folder / f"{self._run_id}.safetensors"
-        atomic_write(path, save({k: np.ascontiguousarray(v) for k, v in policy.items()}))
+        atomic_write(path, save({k: np.array(v) for k, v in policy.items()}))
         about = {"solver": self.params["solver"], "trained_on": self.index.name, "model_digest": self.index.digest,
                  "formats": list(self.problem.formats), "settings": self.params["settings"], "seed": self.params["seed"],
                  "features": 11}  # fmt: skip
