@@ -11,7 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from bitatlas.app.cli_io import emit, progress_printer
-from bitatlas.app.cli_options import DEFAULT_FORMATS, Formats, Json, Metric, Model, Pins, Quantizer, QuantizerText, Solver, Target, Wait
+from bitatlas.app.cli_options import (
+    DEFAULT_FORMATS,
+    Formats,
+    Json,
+    Metric,
+    Model,
+    Pins,
+    Quantizer,
+    QuantizerText,
+    Solver,
+    Target,
+    Wait,
+)
 from bitatlas.app.cli_search import refine, search
 from bitatlas.app.problems import guarded
 

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["DEFAULT_FORMATS", "Formats", "Json", "Metric", "Model", "Pins", "Quantizer", "QuantizerText", "Solver", "Target", "Wait"]
+__all__ = [
+    "DEFAULT_FORMATS",
+    "Formats",
+    "Json",
+    "Metric",
+    "Model",
+    "Pins",
+    "Quantizer",
+    "QuantizerText",
+    "Solver",
+    "Target",
+    "Wait",
+]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file, hub id, or `demo`.")]
