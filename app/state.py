@@ -17,6 +17,7 @@ from bitatlas.analysis.schema import UserError
 from bitatlas.app.selection import EditList, Selection, decode_pins, encode_pins
 from bitatlas.app.shelf import Shelf
 from bitatlas.app.studies import Study, home
+from bitatlas.app.views.fit_controls import Asked, decode_question, encode_question
 
 __all__ = [
     "KEYS",
@@ -28,6 +29,7 @@ __all__ = [
     "link",
     "pin_selection",
     "pins",
+    "question",
     "redo",
     "restore",
     "select",
@@ -35,11 +37,12 @@ __all__ = [
     "selection_epoch",
     "set_budget",
     "set_job",
+    "set_question",
     "sync",
     "undo",
 ]
 
-KEYS = ("sel", "pins", "budget", "job")
+KEYS = ("sel", "pins", "budget", "job", "ask")
 _SEEN = "_url:"
 
 
@@ -80,6 +83,8 @@ def _adopt(key: str, text: str, study: Study | None) -> None:
                 "the job in this link cannot be read", found=text[:80], fix="choose a job on the Run page"
             )
         st.session_state["_job"] = text
+    elif key == "ask":
+        st.session_state["_ask"] = decode_question(text)
     else:
         used, _, limit = text.partition("-")
         if not (used.isdigit() and limit.isdigit()):
@@ -105,8 +110,9 @@ def restore(study_digest: str) -> None:
     if before is not None and before != study_digest:
         st.session_state["_edits"] = EditList()
         st.session_state.pop("_budget", None)
+        st.session_state.pop("_ask", None)
         select(Selection())
-        for key in ("pins", "budget"):
+        for key in ("pins", "budget", "ask"):
             _write(key, "")
 
 
@@ -180,6 +186,18 @@ def set_budget(used_bytes: int, limit_bytes: int) -> None:
     """Set by the Fit page; shown on every page."""
     st.session_state["_budget"] = (int(used_bytes), int(limit_bytes))
     _write("budget", f"{int(used_bytes)}-{int(limit_bytes)}")
+
+
+def question() -> Asked | None:
+    """What was last asked on the Fit page, None before."""
+    return st.session_state.get("_ask")
+
+
+def set_question(asked: Asked) -> None:
+    """Set by the Fit page, for the pages that compare with its answer."""
+    if asked != question():
+        st.session_state["_ask"] = asked
+        _write("ask", encode_question(asked))
 
 
 def job() -> str:

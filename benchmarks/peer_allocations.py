@@ -94,7 +94,9 @@ def _nncf(args: argparse.Namespace) -> Callable[[float], tuple[dict[str, int], d
     def solve(target: float) -> tuple[dict[str, int], dict[str, Any]]:
         model, tokenizer = _load(args.model)
         rows = _sequences(tokenizer, args.calibration, args.samples, args.length)
-        shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        shapes = {
+            n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+        }
         # NNCF knows the share of 4-bit parameters, the rest gets 8: the share that gives the asked average.
         packed = nncf.compress_weights(
             model, mode=nncf.CompressWeightsMode.INT4_ASYM, ratio=(8 - target) / 4, group_size=args.group,
@@ -104,7 +106,12 @@ def _nncf(args: argparse.Namespace) -> Callable[[float], tuple[dict[str, int], d
         bits = {}
         for name, tensor in packed.state_dict().items():
             owner = name.removesuffix(".weight")
-            if name.endswith(".weight") and owner in shapes and owner != "lm_head" and not tensor.is_floating_point():
+            if (
+                name.endswith(".weight")
+                and owner in shapes
+                and owner != "lm_head"
+                and not tensor.is_floating_point()
+            ):
                 # Two 4-bit codes share a byte, so a 4-bit weight has half the elements.
                 bits[owner] = 8 if tensor.numel() == shapes[owner][0] * shapes[owner][1] else 4
         return bits, {"metric": "hessian_input_activation", "passes": 1}
@@ -141,7 +148,13 @@ def main() -> None:
         }  # fmt: skip
         path = Path(args.out) / f"{args.peer}-{target}.json"
         path.write_text(json.dumps(record, indent=1))
-        print(path, record["seconds"], "s", {b: list(bits.values()).count(b) for b in sorted(set(bits.values()))}, flush=True)
+        print(
+            path,
+            record["seconds"],
+            "s",
+            {b: list(bits.values()).count(b) for b in sorted(set(bits.values()))},
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,15 @@ import numpy as np
 from bitatlas.solvers.base import Solver
 from bitatlas.solvers.problem import Problem
 
-__all__ = ["Optimism", "bootstrap_damage", "monotone_in_bytes", "optimism", "robust_problem", "stability"]
+__all__ = [
+    "Optimism",
+    "bootstrap_damage",
+    "monotone_in_bytes",
+    "optimism",
+    "robust_problem",
+    "stability",
+    "stability_from_errors",
+]
 
 _COLUMNS = 20_000
 
@@ -114,6 +122,26 @@ def stability(
         damage = _mean(samples, rng.multinomial(n, np.full(n, 1 / n)))
         drawn = replace(problem, damage=np.where(np.isfinite(damage), damage, problem.damage))
         share[rows, solver.solve(drawn, seed=seed).choice] += 1 / replicates
+    return share
+
+
+def stability_from_errors(
+    problem: Problem, stderr: np.ndarray, solver: Solver, *, replicates: int = 30, seed: int = 0
+) -> np.ndarray:
+    """`stability` where only standard errors (U, F) are known: damages drawn log-normally around their estimates.
+
+    A draw moves all formats of a unit together, as resampled text does. Unknown errors count as none.
+    """
+    rng = np.random.default_rng(seed)
+    rows = np.arange(len(problem.units))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.nan_to_num(np.where(problem.damage > 0, stderr / problem.damage, 0.0), posinf=0.0)
+    spread = np.sqrt(np.log1p(relative**2))
+    share = np.zeros(problem.damage.shape)
+    for _ in range(replicates):
+        factor = np.exp(spread * rng.standard_normal((len(rows), 1)) - spread**2 / 2)
+        choice = solver.solve(replace(problem, damage=problem.damage * factor), seed=seed).choice
+        share[rows, choice] += 1 / replicates
     return share
 
 

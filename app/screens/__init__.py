@@ -27,6 +27,8 @@ SCREENS: tuple[Screen, ...] = (
     Screen("experts", "Decide", "Experts", ":material/groups:", "experts"),
     Screen("kv", "Understand", "KV cache", ":material/view_column:", "kv"),
     Screen("fit", "Decide", "Fit", ":material/memory:", "fit"),
+    Screen("allocators", "Decide", "Allocators", ":material/stacked_line_chart:", "allocators"),
+    Screen("compare", "Decide", "Compare", ":material/compare_arrows:", "compare"),
     Screen("verify", "Ship", "Verify", ":material/fact_check:", "verify"),
     Screen("export", "Ship", "Export", ":material/output:", "export"),
 )

@@ -121,6 +121,7 @@ def _pins(study: Study) -> None:
 
 def _answer(study: Study, asked: controls.Asked, head: st.delta_generator.DeltaGenerator) -> None:
     palette = current_palette()
+    state.set_question(asked)
     try:
         if not asked.formats:
             raise UserError("no format is allowed", fix="allow at least one")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
-from bitatlas.analysis.schema import FORMATS, Budget, ModelIndex, parse_format
+from bitatlas.analysis.schema import FORMATS, Budget, ModelIndex, UserError, parse_format
 from bitatlas.app.budgets import resolve_budget
 
-__all__ = ["PIN_FORMATS", "Asked", "Bounds", "bounds", "preferred", "twin", "usual"]
+__all__ = [
+    "PIN_FORMATS", "Asked", "Bounds", "bounds", "decode_question", "encode_question", "preferred", "twin", "usual",
+]  # fmt: skip
 
 PIN_FORMATS: tuple[str, ...] = tuple(
     n for n, f in FORMATS.items() if not n.endswith("-sym") or f.kind == "float"
@@ -53,6 +56,33 @@ class Asked:
             index, fit=self.total_bytes, context=self.context, batch=self.batch,
             reserve=max(1, self.reserve_bytes), bits_k=self.kv_bits, bits_v=self.kv_bits,
         )  # fmt: skip
+
+
+def encode_question(asked: Asked) -> str:
+    """For a link: JSON of the fields in order."""
+    return json.dumps(astuple(asked), separators=(",", ":"))
+
+
+def decode_question(text: str) -> Asked:
+    """Inverse of `encode_question`; strict, because links come from anywhere.
+
+    Raises:
+        UserError: not what `encode_question` writes.
+    """
+    try:
+        metric, formats, *numbers = json.loads(text)
+        ok = (
+            isinstance(metric, str)
+            and all(parse_format(f) for f in formats)
+            and len(numbers) == len(fields(Asked)) - 2
+        )
+        if ok and all(type(n) is int and 0 <= n < 1 << 50 for n in numbers):
+            return Asked(metric, tuple(formats), *numbers)
+    except (ValueError, TypeError, UserError):
+        pass
+    raise UserError(
+        "the question in this link cannot be read", found=text[:80], fix="ask again on the Fit page"
+    )
 
 
 def bounds(index: ModelIndex) -> Bounds:

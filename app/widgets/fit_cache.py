@@ -15,7 +15,7 @@ from bitatlas.app.views.fit_controls import Asked
 from bitatlas.app.widgets.data import forget
 from bitatlas.solvers import FrontCache, Problem, get_solver, to_allocation
 
-__all__ = ["allocation", "front", "keep", "sizes", "unit_of"]
+__all__ = ["allocation", "answer", "front", "keep", "sizes", "unit_of"]
 
 
 def front(
@@ -60,6 +60,15 @@ def sizes(study: Study) -> dict[str, int]:
 
 def allocation(study: Study, asked: Asked, view: FitView, pins: dict[str, str]) -> Allocation:
     """What the page shows, as an allocation with its certificate."""
+    return answer(study, asked, pins)
+
+
+def answer(study: Study, asked: Asked, pins: Mapping[str, str]) -> Allocation:
+    """The best allocation for a question, under these pins.
+
+    Raises:
+        UserError: an impossible budget, or pins that cannot be.
+    """
     problem, _ = front(study, asked.metric, asked.formats, pins)
     budget = asked.budget(study.index)
     posed = problem.with_limit(budget.weights_bytes - study.index.kept_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,9 @@ def test_every_page_is_a_file_with_a_page_function(screen):
 @pytest.mark.parametrize(
     ("address", "title", "button"),
     [("library", "No model here yet", "Open the sample study"), ("run", "There is no model to measure yet", "Go to the library"),
-     ("map", "No damage has been measured yet", "Measure a model")],
+     ("map", "No damage has been measured yet", "Measure a model"),
+     ("allocators", "There is nothing to allocate with yet", "Measure a model"),
+     ("compare", "There are no two allocations to compare yet", "Make an allocation")],
 )  # fmt: skip
 def test_empty_store(home, address, title, button):
     at = open_page(address)
@@ -150,6 +153,31 @@ def test_run_estimates_before_it_starts(filled, home, tiny_checkpoint):
     assert "takes about" in heading(at)
     at.multiselect(key="metrics").set_value([]).run()
     assert any("no metric is chosen" in e.value.lower() for e in at.error)
+
+
+def test_compare_with_the_unpinned_answer(filled):
+    at = open_page("fit", study=filled[0], pins="2-9=int8-g64")
+    ask = at.query_params["ask"]
+    at = open_page("compare", study=filled[0], pins="2-9=int8-g64", ask=ask)
+    assert at.selectbox(key="compare_a").value == "Fit, without the pins"
+    assert float(re.search(r"damage is ([\d.]+) times", heading(at))[1]) > 1
+    table = at.dataframe[0].value
+    assert (table["A"] != table["B"]).all()
+    at.button(key="compare_undo")
+    at = open_page("compare", study=filled[0], ask=ask)
+    assert heading(at) == "## Both give every unit the same bits"
+    at = open_page("compare", study=filled[0], ask="[1,2")
+    assert any("cannot be read" in e.value for e in [*at.error, *at.markdown])
+
+
+def test_allocators_overlay_and_rank(filled):
+    at = open_page("allocators", study=filled[0])
+    assert "above the lower bound" in heading(at)
+    table = at.dataframe[0].value
+    assert {"Uniform", "Exact"} & {w.split()[0] for w in table["allocator"]}
+    judged = table["gap"].dropna()
+    assert judged.is_monotonic_increasing
+    assert (judged >= 0).all()
 
 
 def test_long_selections_are_kept_on_the_shelf(home):

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from bitatlas.analysis.schema import null_nan, parse_format
+from bitatlas.app.charts.allocators import fronts_chart
+from bitatlas.app.theme import palette
+from bitatlas.app.views.allocators import Asked, build_allocators
+from bitatlas.solvers import FrontCache, Problem, frontier, get_solver
+
+
+@pytest.fixture(scope="module")
+def view(dense):
+    table = dense.tables["fisher_projection"]
+    problem = Problem.build(dense.index, table, [parse_format(f) for f in table.formats], 1 << 60)
+    asked = [Asked(n, n, frontier(problem, get_solver(n), points=7), 0.1) for n in ("hull", "uniform")]
+    searched = Asked("evopress", "evopress (search)", asked[0].frontier, float("nan"), 12, 5000, True)
+    broken = Asked("pmq", "PMQ", None, words="needs experts")
+    return build_allocators(
+        [*asked, searched, broken],
+        FrontCache.of(problem),
+        dense.index.kept_bytes,
+        [],
+        "fisher_projection",
+        "nats",
+    )
+
+
+def test_gaps_against_the_lower_bound(dense, view):
+    rows = {r.name: r for r in view.rows}
+    assert rows["hull"].gap == pytest.approx(0, abs=1e-9)
+    assert rows["uniform"].gap > 0.01
+    assert "uniform" in view.title
+    assert np.isnan(rows["evopress"].gap)
+    assert rows["evopress"].tokens == 5000
+    assert rows["pmq"].words == "needs experts"
+    assert [r.name for r in view.rows][:2] == ["hull", "uniform"]
+    # By hand: uniform int4 against the bound at its own bytes.
+    for size, damage in zip(rows["uniform"].weights_bytes, rows["uniform"].damage):
+        bound = np.interp(size, view.bound.weights_bytes, view.bound.damage)
+        assert damage >= bound * (1 - 1e-6)
+    json.dumps(null_nan(view.to_dict()))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_chart(view, dark):
+    figure = fronts_chart(view, palette(dark))
+    assert [t.name for t in figure.data] == ["lower bound", "hull", "uniform", "evopress (search)"]
+    assert "GiB" in figure.layout.xaxis.title.text or "MiB" in figure.layout.xaxis.title.text
