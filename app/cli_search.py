@@ -55,6 +55,7 @@ def search(
     start: Annotated[list[Path] | None, typer.Option(help="Allocation file to begin with, repeatable.")] = None,
     policy: Annotated[Path | None, typer.Option(help="Policy file; with --generations 0 applied as it is.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the search.")] = None,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16: faster, and blurs KLs below about 1e-3.")] = "float32",
     seed: int = 0,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write the allocation.")] = None,
     wait: Wait = True,
@@ -66,7 +67,7 @@ def search(
     result = tasks.search(
         model, solver=solver, metric=metric, bits=bits, bytes_=bytes_, formats=formats, pins=pin or [], target=target,
         calibration=calibration, tokens=tokens, seq_len=seq_len, steps=generations, start=start or [], policy=policy,
-        settings=tasks.parse_settings(set_ or []), seed=seed, output=output, wait=wait, on_progress=progress_printer(json_output),
+        settings=tasks.parse_settings(set_ or []), seed=seed, precision=precision, output=output, wait=wait, on_progress=progress_printer(json_output),
     )  # fmt: skip
     if isinstance(result, dict):
         emit(result, json_output, "job")

@@ -26,6 +26,7 @@ from bitatlas.solvers.kvtuner import KvTuner
 from bitatlas.solvers.mckp import Mckp
 from bitatlas.solvers.mixes import Q4KM, AttentionHigh, FirstLast
 from bitatlas.solvers.nsga2 import Nsga2
+from bitatlas.solvers.path import PathDescent
 from bitatlas.solvers.pmq import Pmq, PmqGlobal
 from bitatlas.solvers.problem import Problem, SideBudget
 from bitatlas.solvers.projection_descent import ProjectionDescent
@@ -84,6 +85,7 @@ SOLVERS: dict[str, type[Solver]] = {
 
 # Searches on the real model (jobs, not functions): `bitatlas search`.
 SEARCHERS: dict[str, type[Searcher]] = {
+    "path": PathDescent,
     "refine": Refine,
     "evopress": EvoPress,
     "rco": Rco,

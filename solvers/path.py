@@ -19,12 +19,12 @@ import numpy as np
 from bitatlas.solvers.refine import Refine
 from bitatlas.solvers.searcher import State, solve_costs
 
-__all__ = ["Path"]
+__all__ = ["PathDescent"]
 
 _LENGTHS = (0.5, 1.0, 2.0)
 
 
-class Path(Refine):
+class PathDescent(Refine):
     """The walk, then rounds of drawn proposals.
 
     Settings: the walk starts ``above`` (a share) the budget and takes ``stages`` steps of equal ratio; at most ``steps``

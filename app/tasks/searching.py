@@ -21,6 +21,7 @@ from bitatlas.solvers.infeasible import check_feasible
 
 __all__ = ["search", "search_candidates", "search_problem", "search_run", "submit_search"]
 
+PRECISIONS = ("float32", "bfloat16")
 Named = str | Path | Allocation
 
 
@@ -43,6 +44,7 @@ def submit_search(
     settings: Mapping[str, Any] | None = None,
     start: Iterable[Named] = (),
     policy: str | Path | None = None,
+    precision: str = "float32",
     label: str = "",
     run: str = "",
 ) -> str:
@@ -55,6 +57,7 @@ def submit_search(
         settings: further settings of the search (``bitatlas solvers`` lists them).
         start: allocations to begin with.
         policy: a policy file of an earlier search, applied as it is with ``steps=0``.
+        precision: ``float32`` or ``bfloat16`` for running the model; the latter is faster and blurs KLs below about 1e-3.
         label: what the allocation names as its solver. run: the measurement to use instead of the newest.
 
     Raises:
@@ -84,6 +87,8 @@ def submit_search(
     for name, value in (("tokens", tokens), ("sequence length", seq_len)):
         if value < 2:
             raise UserError(f"the {name} must be at least 2", found=str(value))
+    if precision not in PRECISIONS:
+        raise UserError("no such precision", found=precision, fix=f"one of {', '.join(PRECISIONS)}")
     chosen = dict(settings or {}) | ({} if steps is None else {"steps": steps})
     checked = kind.checked(chosen)
     budget = budget or resolve_budget(index, bits=bits, bytes_=bytes_)
@@ -103,6 +108,7 @@ def submit_search(
         "formats": list(names), "pins": pinned, "target": target or "", "budget": asdict(budget),
         "limit_bytes": budget.weights_bytes - index.kept_bytes, "calibration": str(text), "calibration_sha": file_digest(text),
         "tokens": tokens, "seq_len": seq_len, "seed": seed, "start": starts, "label": label or kind.NAME,
+        "precision": precision,
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in checked.items()},
         "policy": str(Path(policy).resolve()) if policy else "", "policy_sha": file_digest(Path(policy)) if policy else "",
     }  # fmt: skip

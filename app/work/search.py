@@ -66,13 +66,14 @@ class SearchWork(Work):
             vocab_size=source.vocab_size,
         )
         cuda = torch.cuda.is_available()
-        loaded = LoadedModel.open(source, device="cuda" if cuda else "cpu")
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[p["precision"]]
+        loaded = LoadedModel.open(source, dtype=dtype, device="cuda" if cuda else "cpu")
         free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
         folder = self.home.folder("artifacts", "candidates", self.index.digest[:16])
         room = min(_DISK_BYTES, psutil.disk_usage(str(folder)).free // 4)
         evaluator = Evaluator(
             loaded, self.problem.units, [parse_format(f) for f in self.problem.formats], text.tokens,
-            ram_bytes=int(0.4 * free), logits_bytes=int(0.1 * free), folder=folder, disk_bytes=room,
+            ram_bytes=int(0.4 * free), logits_bytes=int(0.1 * free), storage=dtype, folder=folder, disk_bytes=room,
         )  # fmt: skip
         return Recorder(evaluator, self.problem)
 

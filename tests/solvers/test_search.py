@@ -11,6 +11,7 @@ from bitatlas.analysis.schema import UserError
 from bitatlas.solvers import SEARCHERS, Problem, get_searcher
 from bitatlas.solvers.evopress import EvoPress
 from bitatlas.solvers.level_switch import LevelSwitch
+from bitatlas.solvers.path import PathDescent
 from bitatlas.solvers.ramp import Ramp
 from bitatlas.solvers.random_search import RandomSearch
 from bitatlas.solvers.rco import Manifold, Rco
@@ -57,6 +58,36 @@ class TestRefine(SearcherConformance):
     @pytest.fixture
     def kind(self):
         return Refine
+
+
+class TestPath(SearcherConformance):
+    SETTINGS = {"steps": 8, "stages": 3}
+
+    @pytest.fixture
+    def kind(self):
+        return PathDescent
+
+    def test_the_walk_ends_within_the_budget(self, kind):
+        problem = search_problem()
+        search = self.make(kind, problem)
+        state = search.begin()
+        sizes = [problem.payload(state["walk"])]
+        for number in range(1, 4):
+            state = search.step(state, number)
+            sizes.append(problem.payload(state["walk"]))
+        assert sizes[0] > problem.limit_bytes >= sizes[-1]
+        assert sorted(sizes, reverse=True) == sizes
+        assert problem.payload(state["choice"]) <= problem.limit_bytes
+
+    def test_it_beats_the_table_that_it_starts_from(self, kind):
+        gains = []
+        for seed in range(6):
+            problem = search_problem(seed=seed)
+            search = self.make(kind, problem, seed)
+            table = search._starts()[-1]
+            gains.append(search.objective.kl(search.run()["choice"]) / search.objective.kl(table))
+        assert max(gains) < 1.02
+        assert np.mean(gains) < 0.99
 
 
 class TestRamp(SearcherConformance):

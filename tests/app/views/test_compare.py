@@ -39,7 +39,10 @@ def test_the_waterfall_adds_up_unit_by_unit(dense, pair):
     assert dense.keys[pinned] in differ
     assert {u.unit for u in view.units} == set(differ)
     assert int(view.changed.sum()) == len(differ) == sum(r.units for r in view.roles)
-    cell = view.rows.index(str(dense.index.units[pinned].layer)), view.columns.index(dense.index.units[pinned].role)
+    cell = (
+        view.rows.index(str(dense.index.units[pinned].layer)),
+        view.columns.index(dense.index.units[pinned].role),
+    )
     bits = parse_format(b[dense.keys[pinned]]).bits - parse_format(a[dense.keys[pinned]]).bits
     assert view.bits[cell] == bits
     json.dumps(null_nan(view.to_dict()))
