@@ -75,9 +75,9 @@ class GptqError(Metric):
         for fmt in ctx.formats:
             nearest = _trace(quantize_dequantize(weight, fmt) - weight, h)
             if fmt.kind == "int":
-                before = gptq.loss
+                before = gptq.loss or 0.0
                 left = _trace(dequantize(gptq(weight, fmt)) - weight, h)
-                damped = (gptq.loss - before) * found.count
+                damped = ((gptq.loss or 0.0) - before) * found.count
             else:  # a cast has no grid to compensate on
                 left = damped = nearest
             gain = nearest / left if left > 0 else float("nan")
