@@ -41,18 +41,20 @@ _MOST_DOUBLE = 8192  # rows of a Gram matrix in double precision: 512 MiB
 
 def unit_spectrum(ctx: MeasureContext, unit: QuantUnit) -> np.ndarray:
     """Ascending squared singular values of a unit, (min(rows, cols),) float64; made once for all who ask in turn."""
-    make = lambda: slab_eigenvalues(lambda: ctx.slabs(unit), min(unit.rows, unit.cols))  # noqa: E731
+    n, square = min(unit.rows, unit.cols), unit.rows == unit.cols
+    make = lambda: slab_eigenvalues(lambda: ctx.slabs(unit), n, square)  # noqa: E731
     found: np.ndarray = ctx.of_unit(unit, "spectrum", make)
     return found
 
 
-def slab_eigenvalues(slabs: Callable[[], Iterable[Tensor]], n: int) -> np.ndarray:
+def slab_eigenvalues(slabs: Callable[[], Iterable[Tensor]], n: int, square: bool = False) -> np.ndarray:
     """Squared singular values, ascending (n,) float64, of the matrix whose (rows, n) float32 row blocks ``slabs()`` gives.
 
-    ``slabs`` is called a second time where single precision does not do for the small end.
+    ``slabs`` is called a second time where single precision does not do for the small end; for a ``square``
+    matrix, whose smallest eigenvalues are next to nothing, double precision is taken at once.
     """
     ours = eigen.available(n)
-    for double in (False, True):
+    for double in (True,) if square and n <= _MOST_DOUBLE else (False, True):
         if ours:
             found = eigen.slab_eigenvalues(slabs(), n, double).to(torch.float64).numpy()
         else:
@@ -119,12 +121,14 @@ def farms_tiles(blocks: Iterable[Tensor], picks: list[Tensor], size: int = FARMS
     first = 0
     for block in blocks:
         down, across = block.shape[0] // size, block.shape[1] // size
-        tiles = block[: down * size, : across * size].reshape(down, size, across, size)
         for pick, out in zip(picks, found):
             here = pick[(pick >= first) & (pick < first + down * across)] - first
-            out.append(tiles[here // across, :, here % across])  # (here, size, size)
+            places = [(i // across * size, i % across * size) for i in here.tolist()]
+            # Copied at once, so that no block is kept alive.
+            if places:
+                out.append(torch.stack([block[r : r + size, c : c + size] for r, c in places]))
         first += down * across
-    return [torch.cat(parts) for parts in found]
+    return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in found]
 
 
 def farms_eigenvalues(

@@ -13,21 +13,27 @@
 #ifdef DOUBLE
 typedef double real;
 typedef int64_t whole;
-#define STEPS 32 /* halvings of a bracket: 1e-10 of an eigenvalue */
 #define TINY 1e-100
+#define SPAN 44 /* powers of two below the largest eigenvalue where brackets are narrow from the start */
 #else
 typedef float real;
 typedef int32_t whole;
-#define STEPS 19
 #define TINY 1e-18f
+#define SPAN 22
 #endif
 #ifdef __AVX512F__
-#define VL (64 / (int)sizeof(real))
 #define MR 8
+#define LANES 16
 #else
-#define VL (32 / (int)sizeof(real))
 #define MR 4
+#define LANES 8
 #endif
+#ifdef DOUBLE
+#define VL (LANES / 2)
+#else
+#define VL LANES
+#endif
+#define STEPS 19 /* halvings of a bracket */
 #define PANEL 32 /* columns of a packed panel; diagonal blocks are as wide */
 #define NV (PANEL / VL)
 #define KC 256 /* rows of the matrix that are packed at a time */
@@ -40,10 +46,40 @@ static inline vec load(const real *p) { return *(const uvec *)p; }
 static inline void store(real *p, vec v) { *(uvec *)p = v; }
 static inline vec all(real x) { return x - (vec){0}; }
 
-static real total(vec v) {
-    real s = 0;
-    for (int i = 0; i < VL; i++) s += v[i];
-    return s;
+/* Sum of each of four vectors: halves of two side by side, quarters of four, then what is left inside a quarter. */
+static inline void totals(const vec d[4], real *out) {
+#define PICK(a, b, f) __builtin_shuffle(a, b, (ivec)f)
+#if VL == 16
+    const ivec half = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    const ivec quarter = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+    const ivec two = {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13};
+    const ivec one = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
+#elif VL == 8
+    const ivec half = {0, 1, 2, 3, 8, 9, 10, 11}, quarter = {0, 1, 4, 5, 8, 9, 12, 13};
+    const ivec one = {1, 0, 3, 2, 5, 4, 7, 6};
+#else
+    const ivec half = {0, 1, 4, 5}, quarter = {0, 2, 4, 6};
+#endif
+    vec ab = PICK(d[0], d[1], half) + PICK(d[0], d[1], (half + VL / 2));
+    vec cd = PICK(d[2], d[3], half) + PICK(d[2], d[3], (half + VL / 2));
+    vec s = PICK(ab, cd, quarter) + PICK(ab, cd, (quarter + VL / 4));
+#if VL == 16
+    s += __builtin_shuffle(s, two);
+#endif
+#if VL >= 8
+    s += __builtin_shuffle(s, one);
+#endif
+    for (int r = 0; r < 4; r++) out[r] += s[r * (VL / 4)];
+}
+
+/* a . b; both are zero from n up to the next multiple of PANEL, or n is one. */
+static real product(const real *a, const real *b, int64_t n) {
+    vec s[4] = {{0}};
+    for (int64_t j = 0; j < n; j += PANEL)
+        for (int i = 0; i < PANEL / VL; i++) s[i % 4] += load(a + j + i * VL) * load(b + j + i * VL);
+    real out[4] = {0};
+    totals(s, out);
+    return out[0] + out[1] + out[2] + out[3];
 }
 
 /* Rows k0.. of w, kc of them, as panels of PANEL columns: pack[panel][k][column]. */
@@ -116,7 +152,7 @@ static void four_rows(real *g, int64_t ld, int64_t i, const real *v, const real 
             dot[r] += a * uj;
         }
     }
-    for (int r = 0; r < 4; r++) y[i + r] += total(dot[r]);
+    totals(dot, y + i);
 }
 
 /* Householder reduction of a Gram matrix (destroyed) to diagonal d (n) and squared subdiagonal e2 (n - 1).
@@ -126,25 +162,25 @@ static void tridiagonal(real *g, int64_t n, int64_t ld, real *d, real *e2, real 
     memset(work, 0, sizeof(real) * 4 * ld);
     for (int64_t k = n - 1; k > 0; k--) {
         real *x = g + k * ld;
-        for (int64_t j = 0; j <= k; j++) x[j] -= v[k] * w[j] + w[k] * v[j];
-        d[k] = x[k];
-        double sigma = 0;
-        for (int64_t j = 0; j < k - 1; j++) sigma += (double)x[j] * x[j];
-        double alpha = x[k - 1], norm = sqrt(alpha * alpha + sigma);
+        int64_t padded = (k + PANEL - 1) / PANEL * PANEL; /* rows and columns of whole panels that hold 0 .. k - 1 */
+        real vk = v[k], wk = w[k], last = x[k] - 2 * vk * wk;
+        d[k] = last;
+        for (int64_t j = 0; j < k; j++) u[j] = x[j] - vk * w[j] - wk * v[j];
+        memset(u + k, 0, sizeof(real) * (ld - k));
+        memset(y, 0, sizeof(real) * padded);
+        double alpha = u[k - 1];
+        u[k - 1] = 0;
+        double sigma = product(u, u, padded), norm = sqrt(alpha * alpha + sigma);
         e2[k - 1] = (real)(norm * norm);
-        int64_t padded = (k + PANEL - 1) / PANEL * PANEL;
-        memset(u, 0, sizeof(real) * ld), memset(y, 0, sizeof(real) * ld);
         double beta = alpha > 0 ? -norm : norm, tau = sigma > 0 ? (beta - alpha) / beta : 0;
-        if (tau != 0)
-            for (int64_t j = 0; j < k - 1; j++) u[j] = (real)(x[j] / (alpha - beta));
+        real scale = (real)(tau != 0 ? 1 / (alpha - beta) : 0);
+        for (int64_t j = 0; j < padded; j++) u[j] *= scale;
         u[k - 1] = 1;
         v[k] = w[k] = 0; /* the row that leaves takes no part any more */
         for (int64_t i = 0; i < padded; i += 4) four_rows(g, ld, i, v, w, u, y);
-        double dot = 0;
-        for (int64_t j = 0; j < k; j++) dot += (double)y[j] * u[j];
-        real half = (real)(0.5 * tau * tau * dot), t = (real)tau;
-        memset(w, 0, sizeof(real) * ld);
-        for (int64_t j = 0; j < k; j++) w[j] = t * y[j] - half * u[j];
+        real t = (real)tau, half = (real)(0.5 * tau * tau * product(y, u, padded));
+        for (int64_t j = 0; j < padded; j++) w[j] = t * y[j] - half * u[j];
+        memset(w + k, 0, sizeof(real) * (ld - k));
         real *old = v;
         v = u, u = old;
     }
@@ -173,31 +209,35 @@ static void below(const real *d, const real *e2, int64_t n, const real *shift, w
         for (int i = 0; i < VL; i++) count[a * VL + i] = -c[a][i];
 }
 
-/* Eigenvalues first .. n - 1 of a tridiagonal matrix without negative ones, ascending, each to 2^-STEPS of its bracket. */
-static void bisect(const real *d, real *e2, int64_t n, int64_t first, real *out) {
-    real top = 0, shift[WIDE], lo[WIDE], hi[WIDE];
-    whole count[WIDE];
+#define GRID 64
+
+/* An upper bound of the eigenvalues; subdiagonals are lifted to what keeps 0 / 0 out of the recurrence. */
+static real bound(const real *d, real *e2, int64_t n) {
+    real top = 0;
     for (int64_t i = 0; i < n; i++) {
         real r = d[i] + (i ? (real)sqrt(e2[i - 1]) : 0) + (i < n - 1 ? (real)sqrt(e2[i]) : 0);
         top = r > top ? r : top;
     }
+    real least = top * TINY;
+    for (int64_t i = 0; i < n - 1; i++) e2[i] = e2[i] > least * least ? e2[i] : least * least;
+    return top * (real)1.000001;
+}
+
+/* Eigenvalues first .. n - 1 of a tridiagonal matrix without negative ones, ascending, to 1e-6 of each. */
+static void bisect(const real *d, real *e2, int64_t n, int64_t first, real *out) {
+    real top = bound(d, e2, n), grid[GRID], shift[WIDE], lo[WIDE], hi[WIDE];
+    whole known[GRID], count[WIDE];
     if (!(top > 0)) {
         for (int64_t i = first; i < n; i++) out[i - first] = 0;
         return;
     }
-    real least = top * TINY; /* keeps 0 / 0 out of the recurrence */
-    for (int64_t i = 0; i < n - 1; i++) e2[i] = e2[i] > least * least ? e2[i] : least * least;
-    top *= (real)1.000001;
-    real grid[WIDE + 1];
-    for (int g = 0; g < WIDE; g++) grid[g] = top * (real)exp2(-20.0 * (WIDE - 1 - g) / WIDE);
-    below(d, e2, n, grid, count);
-    whole known[WIDE];
-    memcpy(known, count, sizeof known);
+    for (int g = 0; g < GRID; g++) grid[g] = top * (real)exp2(-(double)SPAN * (GRID - 1 - g) / GRID);
+    for (int g = 0; g < GRID; g += WIDE) below(d, e2, n, grid + g, known + g);
     for (int64_t base = first; base < n; base += WIDE) {
         for (int s = 0; s < WIDE; s++) {
             int64_t index = base + s < n ? base + s : n - 1;
             int cell = 0;
-            while (cell < WIDE - 1 && known[cell] <= index) cell++;
+            while (cell < GRID - 1 && known[cell] <= index) cell++;
             hi[s] = grid[cell], lo[s] = cell ? grid[cell - 1] : 0;
         }
         for (int step = 0; step < STEPS; step++) {
