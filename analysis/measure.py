@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from bitatlas.analysis.weights import WeightReader
 
 __all__ = [
+    "WHOLE",
     "MeasureContext",
     "PartsOnDisk",
     "StepDone",
@@ -47,9 +48,7 @@ __all__ = [
 ]
 
 _ROWS = "__rows__"
-_WHOLE = 1 << 24  # weights of a unit that is held whole: 64 MiB of float32
-_BLOCK = 1 << 22  # weights of a huge unit that are held at a time
-_ALIGN = 128
+WHOLE = 1 << 24  # weights of a unit that is held whole: 64 MiB of float32
 
 
 class MeasureContext:
@@ -186,24 +185,20 @@ class MeasureContext:
         A unit of ordinary size is one block, `weight` itself; only a huge one (an embedding) is read in parts,
         so that no metric that looks at weights alone ever holds one whole.
         """
-        if unit.params <= _WHOLE:
+        if unit.params <= WHOLE:
             yield self.weight(unit)
-            return
-        step = max(_BLOCK // unit.cols // _ALIGN, 1) * _ALIGN
-        for start in range(0, unit.rows, step):
-            yield self.reader.window(unit, (start, min(start + step, unit.rows)))
+        else:
+            yield from self.reader.blocks(unit)
 
     def slabs(self, unit: QuantUnit) -> Iterator[Tensor]:
         """The weight as consecutive (n, min(rows, cols)) blocks along its longer side; sum of B^T B is its Gram."""
-        if unit.params <= _WHOLE:
+        if unit.params <= WHOLE:
             whole = self.weight(unit)
             yield whole if unit.rows >= unit.cols else whole.mT
         elif unit.rows >= unit.cols:
-            yield from self.blocks(unit)
+            yield from self.reader.blocks(unit)
         else:
-            step = max(_BLOCK // unit.rows // _ALIGN, 1) * _ALIGN
-            for start in range(0, unit.cols, step):
-                yield self.reader.window(unit, (0, unit.rows), (start, min(start + step, unit.cols))).mT
+            yield from (block.mT for block in self.reader.blocks(unit, columns=True))
 
     def of_unit(self, unit: QuantUnit, name: str, make: Callable[[], Any]) -> Any:
         """``make()``, kept until another unit is asked about: metrics that look at a unit together share a result."""

@@ -6,6 +6,7 @@ Bytes are read with ``pread``, not mapped: a file that shrinks while it is read 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -19,7 +20,7 @@ from bitatlas.analysis.scaled import dequantize_fp8, dequantize_mxfp4
 from bitatlas.analysis.schema import ModelIndex, QuantUnit
 from bitatlas.kernels.errors import UserError
 
-__all__ = ["TORCH_DTYPES", "WeightReader", "oriented"]
+__all__ = ["ALIGN", "BLOCK", "TORCH_DTYPES", "WeightReader", "oriented"]
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -28,6 +29,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
+BLOCK = 1 << 22  # weights of a huge unit that are held at a time
+ALIGN = 128  # rows or columns in a block are a multiple
 _FP8 = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
 
@@ -109,6 +112,14 @@ class WeightReader:
             weight = weight[first::2]
         _check_finite(unit.tensor, weight)
         return weight.contiguous()
+
+    def blocks(self, unit: QuantUnit, columns: bool = False) -> Iterator[Tensor]:
+        """The unit as consecutive float32 blocks of rows, or of columns: some 16 MiB, a multiple of 128 wide but the last."""
+        along, other = (unit.cols, unit.rows) if columns else (unit.rows, unit.cols)
+        step = max(BLOCK // other // ALIGN, 1) * ALIGN
+        for start in range(0, along, step):
+            part = start, min(start + step, along)
+            yield self.window(unit, (0, unit.rows), part) if columns else self.window(unit, part)
 
     def _box(self, info: TensorInfo, expert: int | None, box: tuple[int, int, int, int]) -> Tensor:
         """float32 rows a to b, columns c to d of a stored matrix or of one expert's slice, its scales applied."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitatlas.analysis.measure import WHOLE
 from bitatlas.analysis.schema import Allocation, ModelIndex, QuantUnit
 from bitatlas.kernels.errors import UserError
 
@@ -163,11 +164,14 @@ class Packer:
     def _pack(
         self, unit: PackedUnit, quantizer: UnitQuantizer, losses: dict[str, float]
     ) -> dict[str, Tensor]:
-        from bitatlas.kernels.packed.matrix import pack_weight
+        from bitatlas.kernels.packed.matrix import pack_blocks
 
-        weight = quantizer.prepared(unit.key, self._reader.get(self._units[unit.key]))
-        one = quantizer.instance(unit.key, unit.fmt)
-        out = pack_weight(weight, unit.fmt, one)
+        source, one = self._units[unit.key], quantizer.instance(unit.key, unit.fmt)
+        if unit.rows * unit.cols > WHOLE and not self._quantizer.FOLDS:
+            blocks = self._reader.blocks(source)  # an embedding is never in memory as float32
+        else:
+            blocks = [quantizer.prepared(unit.key, self._reader.get(source))]
+        out = pack_blocks(blocks, unit.rows, unit.cols, unit.fmt, one)
         if one.loss is not None:
             losses[unit.key] = one.loss
         return out

@@ -5,7 +5,7 @@ Half-precision buffers are held as int16 bit patterns, so that `model.to(dtype)`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,14 @@ from bitatlas.kernels.packing import (
 )
 from bitatlas.kernels.reference import Quantized, dequantize, quantize_dequantize
 
-__all__ = ["PackedMatrix", "pack_quantized", "pack_weight", "packed_tensors", "quantised_weight"]
+__all__ = [
+    "PackedMatrix",
+    "pack_blocks",
+    "pack_quantized",
+    "pack_weight",
+    "packed_tensors",
+    "quantised_weight",
+]
 
 _FLOAT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _BLOCK_WEIGHTS = 1 << 19  # weights that are dequantised at a time: 2 MiB of float32, a level-2 cache
@@ -58,15 +65,38 @@ def pack_weight(
     Raises:
         UserError: the weight holds NaN or Inf.
     """
-    if fmt.kind == "float":
-        return {"weight": weight.to(_FLOAT[fmt.name])}
-    codes, scales, zeros = [], [], []
-    for q in _quantised_blocks(weight, fmt, quantize):
-        codes.append(pack_codes(q.codes, fmt.bits))
-        scales.append(q.scales)
-        if q.zeros is not None:
-            zeros.append(q.zeros)
-    out = {"codes": torch.cat(codes), "scales": torch.cat(scales)}
+    return pack_blocks([weight], weight.shape[0], weight.shape[1], fmt, quantize)
+
+
+def pack_blocks(
+    weight: Iterable[Tensor],
+    rows: int,
+    cols: int,
+    fmt: Format,
+    quantize: Callable[[Tensor, Format], Quantized],
+) -> dict[str, Tensor]:
+    """`pack_weight` of a weight that comes as consecutive (n, cols) blocks of rows, so that it need not be held whole.
+
+    Raises:
+        UserError: the weight holds NaN or Inf.
+    """
+    out = {
+        n: torch.empty(shape, dtype=dtype) for n, (dtype, shape) in packed_tensors(fmt, rows, cols).items()
+    }
+    zeros, at = [], 0
+    for block in weight:
+        if fmt.kind == "float":
+            out["weight"][at : at + len(block)] = block
+            at += len(block)
+            continue
+        for q in _quantised_blocks(block, fmt, quantize):
+            here = slice(at, at + len(q.codes))
+            out["codes"][here], out["scales"][here] = pack_codes(q.codes, fmt.bits), q.scales
+            at = here.stop
+            if q.zeros is not None:
+                zeros.append(q.zeros)
+    if at != rows:
+        raise ValueError(f"{at} rows came, {rows} were announced")
     if zeros:
         # One stream for the matrix: blocks end inside words, so it is packed at the end.
         out["zeros"] = pack_stream(torch.cat(zeros), fmt.bits)

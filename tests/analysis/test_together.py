@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bitatlas.analysis import measure
+from bitatlas.analysis import measure, weights
 from bitatlas.analysis.measure import MeasureContext, run_metric, save_step
 from bitatlas.analysis.metrics import METRICS
 from bitatlas.analysis.metrics.base import StepResult, UnitMetric
@@ -72,8 +72,8 @@ def test_together_is_as_alone_with_one_read_for_all(index, alone, tmp_path, monk
 
 
 def test_a_huge_unit_in_blocks_is_as_one_in_one_piece(index, alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "_WHOLE", 1)
-    monkeypatch.setattr(measure, "_BLOCK", 128 * 130)
+    monkeypatch.setattr(measure, "WHOLE", 1)
+    monkeypatch.setattr(weights, "BLOCK", 128 * 130)
     largest, window = [0], WeightReader.window
 
     def watched(self, *where):
@@ -94,9 +94,9 @@ def test_a_huge_unit_in_blocks_is_as_one_in_one_piece(index, alone, tmp_path, mo
 
 
 def test_slabs_make_the_gram_matrix(index, monkeypatch):
-    monkeypatch.setattr(measure, "_BLOCK", 128 * 130)
+    monkeypatch.setattr(weights, "BLOCK", 128 * 130)
     for whole in (1 << 24, 1):
-        monkeypatch.setattr(measure, "_WHOLE", whole)
+        monkeypatch.setattr(measure, "WHOLE", whole)
         with MeasureContext(index) as ctx:
             for unit in index.units:
                 w = ctx.reader.get(unit).double()

@@ -208,3 +208,20 @@ def test_gptq_without_text_says_so(tiny_checkpoint: Callable[..., Path], tmp_pat
     with pytest.raises(UserError, match="calibration text"):
         Packer(index, allocate(index), tmp_path / "packed", quantizer="gptq")
     assert not (tmp_path / "packed").exists()
+
+
+def test_a_huge_unit_is_packed_block_by_block(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitatlas.analysis import weights
+    from bitatlas.app.work import pack
+
+    index = index_model(tiny_checkpoint("llama", vocab_size=300))
+    plan = allocate(index)
+    pack_model(index, plan, tmp_path / "whole")
+    monkeypatch.setattr(pack, "WHOLE", 1)
+    monkeypatch.setattr(weights, "BLOCK", 1)
+    monkeypatch.setattr(weights.WeightReader, "get", None)
+    pack_model(index, plan, tmp_path / "blocks")
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert (tmp_path / "blocks" / file.name).read_bytes() == file.read_bytes(), file.name
