@@ -13,6 +13,7 @@ from bitatlas.analysis.metrics.awq_stats import AwqStats
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
 from bitatlas.analysis.metrics.block_influence import BlockInfluence
 from bitatlas.analysis.metrics.camera_energy import CameraEnergy
+from bitatlas.analysis.metrics.cka import Cka
 from bitatlas.analysis.metrics.coactivation import Coactivation
 from bitatlas.analysis.metrics.delta_ce import DeltaCe
 from bitatlas.analysis.metrics.ekfac import EKFac
@@ -28,11 +29,16 @@ from bitatlas.analysis.metrics.kv_error import KvError
 from bitatlas.analysis.metrics.kv_fisher import KvFisher
 from bitatlas.analysis.metrics.kv_flip import KvFlip
 from bitatlas.analysis.metrics.lim import Lim
+from bitatlas.analysis.metrics.lrp import Lrp
 from bitatlas.analysis.metrics.massive_activations import MassiveActivations
+from bitatlas.analysis.metrics.mixllm_salience import MixllmSalience
+from bitatlas.analysis.metrics.prune import Prune
 from bitatlas.analysis.metrics.quantmoe_outlier import QuantMoeOutlier
 from bitatlas.analysis.metrics.routing import Routing
 from bitatlas.analysis.metrics.slim_salience import SlimSalience
 from bitatlas.analysis.metrics.spectral import Spectral
+from bitatlas.analysis.metrics.taylor import Taylor
+from bitatlas.analysis.metrics.topk_flip import TopkFlip
 from bitatlas.analysis.metrics.weight_error import WeightError
 from bitatlas.analysis.metrics.zd import Zd
 from bitatlas.kernels.errors import UserError
@@ -55,11 +61,16 @@ _TABLE: tuple[type[Metric], ...] = (
     ActivationMagnitude,
     MassiveActivations,
     SlimSalience,
+    MixllmSalience,
+    Taylor,
+    Lrp,
+    Prune,
     AlphaQ,
     Spectral,
     QuantMoeOutlier,
     Lim,
     BlockInfluence,
+    Cka,
     Zd,
     Routing,
     Coactivation,
@@ -68,6 +79,7 @@ _TABLE: tuple[type[Metric], ...] = (
     KvFisher,
     KvFlip,
     KvError,
+    TopkFlip,
 )
 
 METRICS: dict[str, type[Metric]] = {metric.NAME: metric for metric in _TABLE}
