@@ -12,7 +12,7 @@ from bitatlas.analysis.metrics import METRICS
 from bitatlas.app import tasks
 from bitatlas.app.tasks.measuring import measure_params
 
-MOE_ONLY = {"routing", "coactivation", "expert_error"}
+MOE_ONLY = {"routing", "coactivation", "expert_error", "topk_flip"}
 OPTIONS: dict[str, Any] = {"formats": "int4-g64", "tokens": 64, "seq_len": 16}
 
 
