@@ -20,6 +20,7 @@ from bitatlas.analysis.text import load_text
 from bitatlas.kernels.errors import UserError
 
 __all__ = [
+    "SELF",
     "CalibrationSet",
     "check_disjoint",
     "load_text",
@@ -27,6 +28,9 @@ __all__ = [
     "make_calibration",
     "shared_windows",
 ]
+
+SELF = "self"
+"""Stands for a text file: sequences sampled from the model itself (`analysis.self_text`)."""
 
 _WINDOW = 32  # tokens; two texts that share a run this long share a source
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,15 @@ class KlReference:
     def nbytes(self) -> int:
         """Memory held."""
         return 2 * self._p.numel() * self._p.element_size()
+
+    def difference(self, other: Tensor, chunk: int = 16) -> Iterator[tuple[slice, Tensor]]:
+        """(positions, z (n, V)) with z = sqrt(p) (u - E_p u): half of <z, z> is the KL to second order, of <z, z'> a cross term."""
+        flat = other.reshape(self._p.shape)
+        for start in range(0, len(flat), chunk):
+            part = slice(start, min(start + chunk, len(flat)))
+            u = flat[part].float() - self._log_p[part]
+            u -= (self._p[part] * u).sum(-1, keepdim=True)
+            yield part, u.mul_(self._p[part].sqrt())
 
     def kl(self, other: Tensor, chunk: int = 16) -> Tensor:
         """(...) float64 on the CPU: KL of every position against other logits (..., V), nats."""

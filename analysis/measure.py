@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitatlas.analysis.calibration import CalibrationSet, load_tokenizer, make_calibration
+from bitatlas.analysis.calibration import SELF, CalibrationSet, load_tokenizer, make_calibration
 from bitatlas.analysis.schema import DamageRow, ModelIndex, QuantUnit
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import Format
@@ -59,7 +59,7 @@ class MeasureContext:
         formats: the formats to measure.
         seed: of everything random.
         settings: options of the metrics (`Metric.SETTINGS`), JSON-able.
-        text: calibration file; None where the metrics need none.
+        text: calibration file, or `SELF` for text sampled from the model; None where the metrics need none.
         tokens, seq_len: how much of it.
         text_mode: ``packed`` or ``document``.
         dtype, device: of the loaded model.
@@ -141,7 +141,7 @@ class MeasureContext:
 
     @cached_property
     def calibration(self) -> CalibrationSet:
-        """The calibration sequences; needs the tokenizer only, not the model.
+        """The calibration sequences; needs the tokenizer only, or with the text `SELF` the model.
 
         Raises:
             UserError: no text was given, or it does not do.
@@ -150,6 +150,10 @@ class MeasureContext:
             raise UserError(
                 "this metric needs a calibration text", fix="--calibration FILE (text or JSON lines)"
             )
+        if self.text == SELF:
+            from bitatlas.analysis.self_text import sample_from_model
+
+            return sample_from_model(self.loaded, self.tokens, self.seq_len, self.seed)
         loaded = self.__dict__.get("loaded")
         tokenizer = loaded.tokenizer if loaded is not None else load_tokenizer(self.index.path)
         return make_calibration(

@@ -55,11 +55,13 @@ def measure(
     metric: Metric = "fisher",
     formats: Formats = DEFAULT_FORMATS,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text or JSONL file; the demo brings its own.")
+        str | None,
+        typer.Option(help="Text or JSONL file, datasets:NAME, or `self` (text sampled from the model)."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens in all.")] = 8192,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
     seed: int = 0,
+    text_mode: Annotated[str, typer.Option(help="packed, or document: one document a sequence.")] = "packed",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="METRIC.NAME=VALUE, an option of a metric.")
     ] = None,
@@ -71,7 +73,7 @@ def measure(
 
     result = tasks.measure(
         model, metric, formats=formats, calibration=calibration, tokens=tokens, seq_len=seq_len, seed=seed,
-        settings=tasks.parse_settings(set_ or []), wait=wait, on_progress=progress_printer(json_output),
+        settings=tasks.parse_settings(set_ or []), text_mode=text_mode, wait=wait, on_progress=progress_printer(json_output),
     )  # fmt: skip
     emit(result, json_output, "job")
 

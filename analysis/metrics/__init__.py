@@ -29,6 +29,7 @@ from bitatlas.analysis.metrics.kv_error import KvError
 from bitatlas.analysis.metrics.kv_fisher import KvFisher
 from bitatlas.analysis.metrics.kv_flip import KvFlip
 from bitatlas.analysis.metrics.lim import Lim
+from bitatlas.analysis.metrics.logit_gram import LogitGram
 from bitatlas.analysis.metrics.lrp import Lrp
 from bitatlas.analysis.metrics.massive_activations import MassiveActivations
 from bitatlas.analysis.metrics.mixllm_salience import MixllmSalience
@@ -48,6 +49,7 @@ __all__ = ["METRICS", "Cost", "Metric", "StepResult", "check_settings", "get_met
 _TABLE: tuple[type[Metric], ...] = (
     FisherProjection,
     KlFlip,
+    LogitGram,
     FisherDiag,
     KFac,
     EKFac,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bitatlas.analysis.measure import MeasureContext
     from bitatlas.analysis.prefix import PrefixRunner, Recording
 
-__all__ = ["KlFlip"]
+__all__ = ["KlFlip", "resume_at"]
 
 _STEP_TOKENS = 8192  # forward tokens of one step
 _BATCH_TOKENS = 1024
@@ -71,7 +71,7 @@ class KlFlip(Metric):
         for recording, reference in originals:
             for i, (unit, f) in enumerate(pairs):
                 with ctx.loaded.swapped({unit.key: ctx.candidate(unit, ctx.formats[f])}):
-                    logits = originals.runner.resume(recording, _resume_at(unit, ctx))
+                    logits = originals.runner.resume(recording, resume_at(unit, ctx))
                 kl[i].append(reference.kl(logits).mean(1).numpy())
         rows = []
         for (unit, f), batches in zip(pairs, kl):
@@ -101,7 +101,7 @@ class KlFlip(Metric):
         every = [(unit, f) for unit in units for f in formats]
         wanted = int(self.option(ctx, "flips"))
         if 0 < wanted < len(every):
-            rng = ctx.rng(self.NAME, "flips")
+            rng = ctx.rng("kl_flip", "flips")
             shares = wanted // len(formats) + (np.arange(len(formats)) < wanted % len(formats))
             chosen = {
                 (units[u].key, f)
@@ -162,7 +162,7 @@ class _Originals:
             yield found
 
 
-def _resume_at(unit: QuantUnit, ctx: MeasureContext) -> int:
+def resume_at(unit: QuantUnit, ctx: MeasureContext) -> int:
     """First block to compute again: the unit's own; the head alone needs none; an embedding needs all."""
     if unit.layer >= 0:
         return unit.layer

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from bitatlas.analysis.fisher.matrix import load_probes
+from bitatlas.analysis.fisher.matrix import ProbeMatrix, load_probes
+from bitatlas.analysis.gram import LogitGramMatrix, load_gram
 from bitatlas.analysis.schema import NO_FORMAT, ModelIndex, SensitivityTable, UserError, parse_format
 from bitatlas.analysis.trust import (
     AllocationTruths,
@@ -107,7 +108,7 @@ def trust_rows(store: Store, index: ModelIndex, home: Home, *, costs: bool = Fal
         single = None if run is flip_run else table
         predicted = _predicted(index, table, wholes) if facts.additive else None
         rows.append(judge(name, single, flips=flips, wholes=wholes, predicted=predicted, nats=nats, **common))
-        if run.metric == "fisher_projection" and wholes is not None and predicted is not None:
+        if run.metric in ("fisher_projection", "logit_gram") and wholes is not None and predicted is not None:
             paired = _with_pairs(home, run, table, wholes)
             if paired is not None:
                 rows.append(judge(name + _PAIRS, None, wholes=wholes, predicted=paired, nats=nats, **common))
@@ -192,9 +193,10 @@ def _predicted(
 
 
 def _with_pairs(home: Home, run: RunInfo, table: SensitivityTable, wholes: AllocationTruths) -> np.ndarray | None:  # fmt: skip
-    """(N,) prediction with the cross-layer terms of the run's probes; None when the probes are gone or lack a format."""
+    """(N,) prediction with the cross-layer terms of the run; None when its part files are gone or lack a format."""
+    load = load_gram if run.metric == "logit_gram" else load_probes
     try:
-        probes = load_probes(home.runs(run.run))
+        probes: ProbeMatrix | LogitGramMatrix = load(home.runs(run.run))
     except UserError:
         return None
     if probes.units != table.units or not set(wholes.formats) <= set(probes.formats):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.analysis.schema import UserError, expand_formats
+from bitatlas.app.dataset_text import PREFIXES, dataset_file
 from bitatlas.app.tasks.demo import demo_path, demo_text
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
 from bitatlas.app.tasks.models import register
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 Progress = Callable[[Any], None]
+_SELF = "self"
 _ALL = ["all"]
 
 
@@ -109,17 +111,28 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def calibration_file(model_path: str, named: str | Path | None, kind: str = "calibration") -> Path | None:
-    """The text to use: the named file, else the demo's own for the demo, else none.
+    """The text to use: the named file or dataset, else the demo's own for the demo, else none.
+
+    ``datasets:NAME`` is a data set of the `datasets` library (see `app.dataset_text`); for calibration ``self`` stands for
+    text sampled from the model, and is handed on as it is.
 
     Raises:
-        UserError: the named file is not there.
+        UserError: the named file or data set is not there.
     """
-    if named is not None:
-        path = Path(named).expanduser()
-        if not path.is_file():
-            raise UserError(f"there is no such {kind} text", found=str(path), fix="name a text or JSONL file")
-        return path.resolve()
-    return demo_text(kind) if Path(model_path) == demo_path() else None
+    if named is None:
+        return demo_text(kind) if Path(model_path) == demo_path() else None
+    if str(named) == _SELF and kind == "calibration" and not Path(named).exists():
+        return Path(_SELF)
+    if str(named).startswith(PREFIXES):
+        return dataset_file(str(named))
+    path = Path(named).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"there is no such {kind} text",
+            found=str(path),
+            fix="name a text or JSONL file, datasets:NAME, or self",
+        )
+    return path.resolve()
 
 
 def measure_params(
@@ -132,6 +145,7 @@ def measure_params(
     seq_len: int,
     seed: int,
     settings: Mapping[str, Any] | None,
+    text_mode: str = "packed",
 ) -> dict[str, Any]:
     """The canonical request of a measurement: the same question gives the same dictionary, hence the same job.
 
@@ -155,8 +169,10 @@ def measure_params(
         raise UserError(
             f"{', '.join(needy)} need a calibration text",
             found="none was named",
-            fix="--calibration FILE (text or JSONL)",
+            fix="--calibration FILE (text or JSONL), datasets:NAME, or self",
         )
+    if text_mode not in ("packed", "document"):
+        raise UserError("unknown calibration mode", found=repr(text_mode), fix="packed or document")
     known = {key for n in names for key in METRICS[n].SETTINGS}
     unknown = sorted(set(settings or {}) - known)
     if unknown:
@@ -175,6 +191,8 @@ def measure_params(
         "seq_len": seq_len if needy else 0,
         "seed": seed,
         "settings": dict(settings or {}),
+        # The usual way of cutting stays unsaid, so that requests made before there was a choice keep their identity.
+        **({"text_mode": text_mode} if needy and text_mode != "packed" else {}),
     }
 
 
@@ -182,6 +200,8 @@ def file_digest(path: Path) -> str:
     """First 20 hex digits of the SHA-256 of a text: part of the request, so that another text is another job."""
     import hashlib
 
+    if str(path) == _SELF:
+        return _SELF  # the model's digest and the seed say the rest
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:20]
 
@@ -196,6 +216,7 @@ def submit_measure(
     seq_len: int = 128,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    text_mode: str = "packed",
 ) -> str:
     """Start (or join) the measurement; returns the job's id at once."""
 
@@ -208,6 +229,7 @@ def submit_measure(
         seq_len=seq_len,
         seed=seed,
         settings=settings,
+        text_mode=text_mode,
     )
     return submit(
         "measure", params, f"measure {', '.join(params['metrics'])} of {Path(params['model']).name}"
@@ -224,10 +246,16 @@ def measure(
     seq_len: int = 128,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    text_mode: str = "packed",
     wait: bool = False,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure as a durable job. Two calls with the same arguments are one job.
+
+    Args:
+        calibration: a text or JSON-lines file, ``datasets:NAME[/CONFIG][:SPLIT[:FIELD]]``, or ``self``: text sampled from the
+            model itself by the seed.
+        text_mode: ``packed`` cuts one stream of tokens; ``document`` starts every sequence at a document's beginning.
 
     Returns:
         The job's status; with ``wait`` its result. With the metric ``all`` also ``skipped``: metric -> why not here.
@@ -244,6 +272,7 @@ def measure(
         seq_len=seq_len,
         seed=seed,
         settings=settings,
+        text_mode=text_mode,
     )
     status = status_dict(submit_and_wait(job, wait, on_progress))
     if _named(metric) == _ALL:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["count", "duration", "metric_unit", "params", "short_bytes"]
 
-_NATS = ("fisher_projection", "fisher_trace", "fisher", "kl_flip", "hawq_trace")
+_NATS = ("fisher_projection", "fisher_trace", "fisher", "kl_flip", "logit_gram", "hawq_trace")
 _UNITS = dict.fromkeys(_NATS, "nats/token") | {
     "weight_error": "squared weight",
     "weight_error_rel": "relative squared error",

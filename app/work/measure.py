@@ -51,6 +51,7 @@ class MeasureWork(Work):
             text=p["calibration"] or None,
             tokens=p["tokens"] or 1,
             seq_len=p["seq_len"] or 2,
+            text_mode=p.get("text_mode", "packed"),
         )
 
     def run_of(self, metric: Metric) -> str:
