@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -63,8 +64,7 @@ def _load(name: str, split: str, *, download: bool) -> Any:
     if not download:
         os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the library is imported
     try:
-        import datasets
-
+        datasets = importlib.import_module("datasets")
         owner, _, config = name.rpartition("/")
         attempts = [(name, None)] + ([(owner, config)] if owner else [])
         for i, (dataset, part) in enumerate(attempts):
