@@ -24,16 +24,23 @@ if TYPE_CHECKING:
 __all__ = ["Ahead", "processes"]
 
 _WORTH_IT = 1 << 27  # weights looked at: below, starting processes takes longer than the work
+_PROCESS_BYTES = 768 << 20
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def processes(weights: int) -> int:
-    """Processes for a scan that looks at so many weights: ``$BITATLAS_PROCESSES``, else the cores of one job."""
+    """Processes for a scan that looks at so many weights: ``$BITATLAS_PROCESSES``, else the cores of one job.
+
+    Fewer where memory is short: each takes some 0.6 GB, torch included, whatever the checkpoint.
+    """
     named = os.environ.get("BITATLAS_PROCESSES", "").strip()
     if named.isdigit():
         return max(1, int(named))
+    import psutil
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // parallel_jobs()) if weights >= _WORTH_IT else 1
+    room = psutil.virtual_memory().available // _PROCESS_BYTES
+    return max(1, min(cores, room) // parallel_jobs()) if weights >= _WORTH_IT else 1
 
 
 class Ahead:
