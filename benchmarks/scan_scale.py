@@ -251,7 +251,7 @@ def main() -> None:
         make_checkpoint(model, args.layers, args.experts, args.vocab)
         index = index_model(model)
         record: dict[str, Any] = {
-            "layers": args.layers, "experts": args.experts, "units": len(index.units), "params": index.params,
+            "layers": args.layers, "experts": args.experts, "vocab": args.vocab, "units": len(index.units), "params": index.params,
             "bytes": sum(p.stat().st_size for p in model.glob("*.safetensors")), "formats": FORMATS,
             "device": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(),
         }  # fmt: skip
