@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup, UserError
+from bitatlas.app.targets.kv import KvSetting, kv_setting
 
 if TYPE_CHECKING:
     from bitatlas.analysis.calibration import CalibrationSet
@@ -96,6 +97,7 @@ class Target(ABC):
     NAME: ClassVar[str]
     TITLE: ClassVar[str]
     SERVES: ClassVar[str]  # who reads the files, in words
+    KV_ENGINE: ClassVar[str] = "transformers"  # whose KV cache it is (`targets.kv`)
 
     # -- what it loads ------------------------------------------------------------------------------------------
 
@@ -145,7 +147,7 @@ class Target(ABC):
             status,
             findings,
             changes,
-            tuple(self.notes(allocation, index)),
+            (*self.notes(allocation, index), *self.kv(allocation, index).notes),
             self.engine_bytes(allocation, index),
         )
 
@@ -183,6 +185,10 @@ class Target(ABC):
                 best = max(common, key=lambda f: (votes[f], FORMATS[f].bits))
                 out.update(dict.fromkeys(tie.units, best))
         return out
+
+    def kv(self, allocation: Allocation, index: ModelIndex) -> KvSetting:
+        """The nearest setting of the engine's KV cache."""
+        return kv_setting(self.KV_ENGINE, allocation, index)
 
     # -- what it gets -------------------------------------------------------------------------------------------
 

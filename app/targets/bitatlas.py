@@ -16,6 +16,7 @@ class Bitatlas(Target):
     NAME = "bitatlas"
     TITLE = "bitatlas packed checkpoint"
     SERVES = "transformers through bitatlas.kernels.packed.load"
+    KV_ENGINE = "bitatlas"
 
     def loads(self, fmt: Format) -> bool:
         """All of them."""

@@ -33,6 +33,7 @@ class CompressedTensors(Target):
     NAME = "compressed-tensors"
     TITLE = "compressed-tensors (vLLM, SGLang and transformers)"
     SERVES = "vLLM, SGLang and transformers alike"
+    KV_ENGINE = "vllm"
     ASYMMETRIC_BITS: ClassVar[tuple[int, ...]] = ()
     ASYMMETRIC_RULE: ClassVar[str] = "transformers refuses asymmetric weights"
 
@@ -163,7 +164,8 @@ class CompressedTensors(Target):
     def command(self, allocation: Allocation, index: ModelIndex) -> str:
         """Quantise, then serve."""
         out = shlex.quote(f"{index.name}-compressed")
-        return f"python quantize.py {shlex.quote(index.path)} {out}\nvllm serve {out}"
+        flags = self.kv(allocation, index).flags
+        return f"python quantize.py {shlex.quote(index.path)} {out}\nvllm serve {out} {flags}".rstrip()
 
 
 class Vllm(CompressedTensors):

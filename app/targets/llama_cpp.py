@@ -47,6 +47,7 @@ class LlamaCpp(Target):
     NAME = "llama.cpp"
     TITLE = "llama.cpp (GGUF)"
     SERVES = "llama.cpp, Ollama, LM Studio and everything else that reads GGUF"
+    KV_ENGINE = "llama.cpp"
 
     def loads(self, fmt: Format) -> bool:
         """Every format has a ggml type of the same bits."""
@@ -150,4 +151,9 @@ class LlamaCpp(Target):
         return (
             f"python convert_hf_to_gguf.py {shlex.quote(index.path)} --outtype bf16 --outfile {name}-bf16.gguf\n"
             f"llama-quantize $([ -f imatrix.gguf ] && echo --imatrix imatrix.gguf) --tensor-type-file tensor-types.txt{special} {name}-bf16.gguf {name}-mix.gguf {self._base(types)}"
+            + (
+                f"\nllama-server -m {name}-mix.gguf {flags}"
+                if (flags := self.kv(allocation, index).flags)
+                else ""
+            )
         )

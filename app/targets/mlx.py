@@ -51,6 +51,7 @@ class Mlx(Target):
     NAME = "mlx"
     TITLE = "MLX-LM"
     SERVES = "mlx-lm on Apple silicon"
+    KV_ENGINE = "mlx"
 
     def loads(self, fmt: Format) -> bool:
         """2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 or 128."""
@@ -126,7 +127,7 @@ class Mlx(Target):
     def command(self, allocation: Allocation, index: ModelIndex) -> str:
         """Convert, then try it."""
         out = shlex.quote(f"{index.name}-mlx")
-        return f"python convert.py {shlex.quote(index.path)} {out}\nmlx_lm.generate --model {out} --prompt 'Once upon a time'"
+        return f"python convert.py {shlex.quote(index.path)} {out}\nmlx_lm.generate --model {out} --prompt 'Once upon a time' {self.kv(allocation, index).flags}".rstrip()
 
 
 def _entry(fmt: Format) -> dict[str, Any]:

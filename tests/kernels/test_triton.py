@@ -45,14 +45,14 @@ def test_interpreted_equals_the_reference(case: str, interpreted: dict[str, floa
 
 def test_kernels_compile_for_ampere_and_hopper() -> None:
     sizes = script("triton_compile.py", "--some", "80", "90", interpret=False)
-    assert len(sizes) == 2 * 6
+    assert len(sizes) == 2 * 8
     assert not {name: words for name, words in sizes.items() if isinstance(words, str)}
 
 
 @pytest.mark.slow
 def test_every_width_and_dtype_compiles() -> None:
     sizes = script("triton_compile.py", "80", "90", interpret=False)
-    assert len(sizes) == 2 * (6 * 6 + 3)
+    assert len(sizes) == 2 * (6 * 6 + 3 + 6 + 3)
     assert not {name: words for name, words in sizes.items() if isinstance(words, str)}
 
 
@@ -61,7 +61,7 @@ def test_importing_the_kernels_touches_no_gpu_and_packed_imports_no_triton() -> 
         "import sys, torch\n"
         "import bitatlas.kernels.packed.modules\n"
         "assert not any(m.startswith('bitatlas.kernels.triton') for m in sys.modules)\n"
-        "import bitatlas.kernels.triton_linear, bitatlas.kernels.triton_experts, bitatlas.kernels.triton_pack\n"
+        "import bitatlas.kernels.triton_linear, bitatlas.kernels.triton_experts, bitatlas.kernels.triton_pack, bitatlas.kernels.triton_kv\n"
         "assert not torch.cuda.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from bitatlas.kernels.formats import parse_format
+from bitatlas.kernels.kv import parse_kv_format, parse_pair
+from bitatlas.kernels.kv.quantize import pack_kv as reference_kv
 from bitatlas.kernels.packed.matrix import PackedMatrix, pack_weight
 from bitatlas.kernels.packing import pack_codes, unpack_codes
 from bitatlas.kernels.reference import quantize, quantize_dequantize
@@ -149,6 +151,42 @@ def experts_module(family: str, device: str) -> float:
         modules._on_gpu = modules_on_gpu
 
 
+def kv_pack(name: str, device: str) -> float:
+    """1 unless words, scales and minima are those of the reference, bit for bit."""
+    from bitatlas.kernels import triton_kv
+
+    fmt = parse_kv_format(name)
+    for dim, block in ((6, 4), (20, 8)):
+        x = noise(2, 3, 16, dim, seed=dim) * 3 + 1
+        got, want = triton_kv.pack_kv(x.to(device), fmt, block), reference_kv(x, fmt, block)
+        for a, b in ((got.words, want.words), (got.scale, want.scale), (got.low, want.low)):
+            if not torch.equal(a.cpu(), b):
+                return 1.0
+    return 0.0
+
+
+def kv_decode(pair: str, dtype: str, device: str) -> float:
+    """Decode attention over packed tokens and a window, grouped heads, against dense attention in double."""
+    from bitatlas.kernels import triton_kv
+
+    formats, block = parse_pair(pair), 8
+    x, y = noise(2, 3, 40, 20, seed=1), noise(2, 3, 40, 12, seed=2)
+    packed = [reference_kv(z, f, block) for z, f in zip((x, y), formats, strict=True)]
+    window = [noise(2, 3, 5, n, seed=n).to(DTYPES[dtype]) for n in (20, 12)]
+    q = noise(2, 6, 20, seed=3).to(DTYPES[dtype])
+    moved = [p.map(lambda t: t.to(device)) for p in packed]
+    got = triton_kv.decode_attention(
+        q.to(device), *moved, *(w.to(device) for w in window), 0.3, chunk=24, tile=16
+    )
+    k, v = (
+        torch.cat([p.dequantize().double(), w.double()], 2).repeat_interleave(2, 1)
+        for p, w in zip(packed, window, strict=True)
+    )
+    want = torch.softmax((q.double()[:, :, None] @ k.transpose(-1, -2)) * 0.3, -1) @ v
+    assert got.dtype == q.dtype
+    return relative(got, want[:, :, 0])
+
+
 def cases(device: str) -> dict[str, Callable[[], float]]:
     out: dict[str, Callable[[], float]] = {}
     for bits in WIDTHS:
@@ -160,6 +198,10 @@ def cases(device: str) -> dict[str, Callable[[], float]]:
     out["split-3-fp32"] = lambda: linear("int4-g32-sym", "fp32", device, splits=3)
     for family in ("plain", "interleaved"):
         out[f"module-{family}-fp32"] = lambda family=family: experts_module(family, device)
+    for name in ("kv2-token", "kv4-channel", "kv8-token", "kv8-channel"):
+        out[f"kv-pack-{name}"] = lambda name=name: kv_pack(name, device)
+    for pair, dtype in (("kv4-channel/kv2-token", "fp32"), ("kv2-token/kv8-token", "bf16")):
+        out[f"kv-decode-{pair}-{dtype}"] = lambda pair=pair, dtype=dtype: kv_decode(pair, dtype, device)
     for dtype in DTYPES:
         out[f"experts-{dtype}"] = lambda dtype=dtype: experts(dtype, device)
     return out
