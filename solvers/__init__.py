@@ -26,6 +26,7 @@ from bitatlas.solvers.kvtuner import KvTuner
 from bitatlas.solvers.mckp import Mckp
 from bitatlas.solvers.mixes import Q4KM, AttentionHigh, FirstLast
 from bitatlas.solvers.nsga2 import Nsga2
+from bitatlas.solvers.nsga2_search import Nsga2Search
 from bitatlas.solvers.path import PathDescent
 from bitatlas.solvers.pmq import Pmq, PmqGlobal
 from bitatlas.solvers.problem import Problem, SideBudget
@@ -90,6 +91,7 @@ SEARCHERS: dict[str, type[Searcher]] = {
     "evopress": EvoPress,
     "rco": Rco,
     "ramp": Ramp,
+    "nsga2_search": Nsga2Search,
     "random_search": RandomSearch,
 }
 

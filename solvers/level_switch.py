@@ -77,7 +77,8 @@ class LevelSwitch:
                 continue
             level[raised] += 1
             level[int(rng.choice(down))] -= 1
-            self._repair(level, mine, raised, rng)
+            self.lower(level, rng, mine, raised)
+            self.fill(level, rng)
         return level
 
     def random(self, rng: np.random.Generator) -> np.ndarray:
@@ -87,25 +88,32 @@ class LevelSwitch:
             level = np.minimum(common, self.top)
             if self.payload(level) > self.limit:
                 break
-        self._repair(level, np.ones(len(level), bool), -1, rng)
+        self.lower(level, rng)
+        self.fill(level, rng)
         return level
 
-    def _repair(self, level: np.ndarray, mine: np.ndarray, spared: int, rng: np.random.Generator) -> None:
-        """Lower random classes of ``mine`` (not ``spared`` while others can) until the budget holds, then fill it."""
+    def lower(
+        self, level: np.ndarray, rng: np.random.Generator, mine: np.ndarray | None = None, spared: int = -1
+    ) -> None:
+        """Lower random classes (of ``mine``, and not ``spared``, while others can) in place until the budget holds."""
         excess = self.payload(level) - self.limit
         while excess > 0:
             freed = self.step_bytes(level, -1)
-            able = np.flatnonzero(mine & (freed > 0))
+            able = np.flatnonzero(freed > 0 if mine is None else mine & (freed > 0))
             if not len(able):
-                able, mine = np.flatnonzero(freed > 0), np.ones(len(level), bool)
+                able, mine = np.flatnonzero(freed > 0), None
             at = int(rng.choice(able[able != spared] if (able != spared).any() else able))
             excess -= int(freed[at])
             level[at] -= 1
-        while excess < 0:
+
+    def fill(self, level: np.ndarray, rng: np.random.Generator) -> None:
+        """Raise random classes in place while one fits."""
+        room = self.limit - self.payload(level)
+        while room > 0:
             more = self.step_bytes(level, 1)
-            able = np.flatnonzero((more > 0) & (more <= -excess))
+            able = np.flatnonzero((more > 0) & (more <= room))
             if not len(able):
                 return
             at = int(rng.choice(able))
-            excess += int(more[at])
+            room -= int(more[at])
             level[at] += 1

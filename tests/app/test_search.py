@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,16 @@ def test_every_candidate_is_a_row(case: dict[str, Any], evolved: dict[str, Any])
         assert work.problem.payload(choice) == row.payload_bytes
     assert max(r.extra["forward_equivalents"] for r in rows) == result["forward_equivalents"]
     assert result["forward_tokens"] == (3 + 1) * 48 + 2 * ((4 + 1) * 48 + (3 + 1) * 96)
+
+
+def test_candidates_can_be_followed_while_it_runs(evolved: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    jobs = SimpleNamespace(job=lambda job: SimpleNamespace(params=evolved["params"]))
+    monkeypatch.setattr(searching, "the_jobs", lambda: jobs)
+    found = searching.search_candidates("any")
+    assert len(found) == len(Store(Home.default()).candidates(evolved["result"]["candidates"]))
+    spent = [row["forward_equivalents"] for row in found]
+    assert spent == sorted(spent)
+    assert {row["step"] for row in found} == {0, 1, 2}
 
 
 def test_what_it_leaves(case: dict[str, Any], evolved: dict[str, Any]):

@@ -11,6 +11,7 @@ from bitatlas.analysis.schema import UserError
 from bitatlas.solvers import SEARCHERS, Problem, get_searcher
 from bitatlas.solvers.evopress import EvoPress
 from bitatlas.solvers.level_switch import LevelSwitch
+from bitatlas.solvers.nsga2_search import Nsga2Search, ranked
 from bitatlas.solvers.path import PathDescent
 from bitatlas.solvers.ramp import Ramp
 from bitatlas.solvers.random_search import RandomSearch
@@ -100,6 +101,43 @@ class TestRamp(SearcherConformance):
 
     def make(self, kind, problem, seed=0, **options):
         return super().make(kind, problem, seed, features=_features(problem), **options)
+
+
+class TestNsga2Search(SearcherConformance):
+    SETTINGS = {"steps": 12, "population": 16, "tokens": 1024, "judge_tokens": 1024}
+
+    @pytest.fixture
+    def kind(self):
+        return Nsga2Search
+
+
+def test_nsga2_keeps_a_front():
+    problem = search_problem()
+    state = Nsga2Search(problem, Pretended(problem), settings={"steps": 15, "population": 20}).run()
+    size = np.array([problem.payload(c) for c in state["population"]])
+    assert size.max() <= problem.limit_bytes
+    assert len(np.unique(size)) > 8  # spread over budgets, not one point
+    best = np.argsort(size)
+    running = np.minimum.accumulate(state["population_kl"][best])
+    assert (
+        state["population_kl"][best] <= running + 1e-12
+    ).mean() > 0.7  # hardly anything dominated survives
+
+
+def test_ranks_and_crowding_against_their_definition():
+    rng = np.random.default_rng(0)
+    points = rng.integers(0, 6, (40, 2)).astype(float)
+    rank, crowding = ranked(points)
+    left, level = set(range(40)), 0
+    while left:
+        front = {
+            i
+            for i in left
+            if not any((points[j] <= points[i]).all() and (points[j] < points[i]).any() for j in left)
+        }
+        assert front == {i for i in range(40) if rank[i] == level}
+        left, level = left - front, level + 1
+    assert np.isinf(crowding).sum() >= 2
 
 
 def _features(problem: Problem) -> np.ndarray:
