@@ -57,7 +57,8 @@ class Nsga2Search(Searcher):
         rank, crowding = ranked(np.stack([size, kl], 1))
         switch = LevelSwitch(p, "none")
         levels = np.array([switch.level(c.expand_back(choice)) for choice in people])
-        seen, children = {row.tobytes() for row in levels}, []
+        seen = {row.tobytes() for row in levels}
+        children: list[np.ndarray] = []
         for _ in range(10 * len(people)):
             if len(children) == len(people):
                 break
