@@ -66,7 +66,7 @@ class HawqTrace(Metric):
     ADDITIVE = True
     PER_FORMAT = True
     EMITS = ("hawq_trace", "hessian_trace")
-    VERSION = 2
+    VERSION = 1
     SETTINGS: ClassVar = {
         "trace_tol": 0.1, "min_probes": 8, "max_probes": 32, "trace_tokens": 256, "probe_group": "layer",
         "control": "none", "control_draws": 16, "hessian_batches": 1, "hessian_spread": 0.0,
