@@ -18,7 +18,7 @@ class TestConformance(MetricConformance):
     @pytest.fixture(scope="class")
     @classmethod
     def case(cls, context):
-        return Case(DeltaCe, lambda seed: context("qwen2_moe", "int4-g32", seed=seed, tokens=80))
+        return Case(DeltaCe, lambda seed: context("qwen2_moe", "int4-g32", seed=seed, tokens=40))
 
 
 @pytest.mark.parametrize("tied", [False, True])

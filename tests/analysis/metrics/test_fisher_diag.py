@@ -21,7 +21,7 @@ class TestConformance(MetricConformance):
     @pytest.fixture(scope="class")
     @classmethod
     def case(cls, context):
-        return Case(FisherDiag, lambda seed: context("mixtral", "int2-g32,bf16", seed=seed, tokens=80))
+        return Case(FisherDiag, lambda seed: context("mixtral", "int2-g32,bf16", seed=seed, tokens=40))
 
 
 @pytest.mark.parametrize("score", ["signs", "data"])

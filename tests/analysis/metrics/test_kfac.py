@@ -18,7 +18,7 @@ class TestConformance(MetricConformance):
     @pytest.fixture(scope="class")
     @classmethod
     def case(cls, context):
-        return Case(KFac, lambda seed: context("mixtral", "int2-g32,bf16", seed=seed, tokens=80))
+        return Case(KFac, lambda seed: context("mixtral", "int2-g32,bf16", seed=seed, tokens=40))
 
 
 def same_token(folder, **settings):
