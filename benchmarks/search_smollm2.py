@@ -6,7 +6,7 @@
 One JSON line per search, seed and step is appended to benchmarks/results/search_smollm2.jsonl. Every search gets the same
 problem, pool of text and quantised weights. Searches that need damages have the tokens of the Fisher projection on their
 account from the start, the others begin at 0; a backward pass counts as two forward passes, and prefix reuse is not credited.
-``refine`` begins with the exact knapsack's answer. The held-out text chooses nothing and its tokens are nobody's. Interrupted, it
+``path`` and ``refine`` begin with the exact knapsack's answer. The held-out text chooses nothing and its tokens are nobody's. Interrupted, it
 goes on at the last step (state under --parts).
 """
 
@@ -26,11 +26,13 @@ import torch
 
 from bitatlas.analysis.calibration import check_disjoint, make_calibration
 from bitatlas.analysis.evaluator import Evaluator
+from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.measure import MeasureContext, run_metric
 from bitatlas.analysis.metrics import get_metric
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import SensitivityTable, expand_formats
 from bitatlas.analysis.unit_features import unit_features
+from bitatlas.analysis.verify import Verifier
 from bitatlas.cache.keys import digest
 from bitatlas.cache.paths import atomic_write
 from bitatlas.solvers import Problem, get_searcher, get_solver
@@ -39,7 +41,7 @@ FORMATS = "int{2,3,4,5,6,8}-g64"
 
 
 def main() -> None:
-    """Measure, search, write one line per step; say what each search needed to reach the KL of ``refine``."""
+    """Measure, search, write one line per step; say what each search needed to reach the KL of ``path``."""
     args = arguments()
     index, formats = index_model(args.model), expand_formats(FORMATS)
     ctx = MeasureContext(
@@ -63,9 +65,13 @@ def main() -> None:
         "ram_bytes": int(args.ram_gib * 2**30), "batch_tokens": args.batch_tokens,
         "storage": torch.bfloat16 if args.bf16 else torch.float32,
     }  # fmt: skip
-    engine = Evaluator(ctx.loaded, index.unit_keys(), formats, pool.tokens, **common)
-    judge = Evaluator(ctx.loaded, index.unit_keys(), formats, held_out.tokens, **common)
+    loaded = ctx.loaded
+    if args.bf16:
+        loaded = LoadedModel.open(index, dtype=torch.bfloat16, device=args.device)
+    engine = Evaluator(loaded, index.unit_keys(), formats, pool.tokens, **common)
+    judge = Evaluator(loaded, index.unit_keys(), formats, held_out.tokens, **common)
     judge.weights = engine.weights  # made once for both
+    finals: dict[str, np.ndarray] = {}
     for bits in args.bits:
         problem = Problem.build(index, table, formats, int(bits * index.params / 8))
         bare = Problem.build(index, None, formats, problem.limit_bytes)
@@ -79,31 +85,58 @@ def main() -> None:
                 features = unit_features(engine) if kind.NEEDS_FEATURES else None
                 search = kind(
                     problem if needs else bare, engine, seed=seed, settings=own, features=features,
-                    start=first[None] if name == "refine" else None,
+                    start=first[None] if name in ("path", "refine") else None,
                 )  # fmt: skip
                 about = {
                     "search": name, "seed": seed, "bits": bits, "settings": {k: str(v) for k, v in search.settings.items()},
                     "model": index.digest[:16], "pool": pool.digest[:16], "held_out": held_out.digest[:16],
                     "measuring_tokens": paid if needs else 0,
                 }  # fmt: skip
-                curve = run(search, engine, judge, about, args)
+                curve, choice = run(search, engine, judge, about, args)
+                finals[f"{name} {bits} seed {seed}"] = choice
                 reached.setdefault(name, []).extend(curve)
         for name, points in reached.items():
             least = min(kl for _, kl in points)
             line = f"{bits} bits {name}: lowest KL {least:.4f}"
-            if "refine" in reached:
-                goal = min(kl for _, kl in reached["refine"])
+            if "path" in reached:
+                goal = min(kl for _, kl in reached["path"])
                 needed = [spent for spent, kl in points if kl <= goal]
                 line += (
-                    f", refine's {goal:.4f} after {min(needed):,} tokens"
+                    f", path's {goal:.4f} after {min(needed):,} tokens"
                     if needed
-                    else f", never refine's {goal:.4f}"
+                    else f", never path's {goal:.4f}"
                 )
             print(line)
+        finals[f"fisher {bits}"] = first
+    verify(ctx.loaded, index, held_out.tokens, [f.name for f in formats], finals, args)
 
 
-def run(search: Any, engine: Evaluator, judge: Evaluator, about: dict[str, Any], args: argparse.Namespace) -> list[tuple[int, float]]:  # fmt: skip
-    """One search, step by step: (forward-equivalents, held-out KL) after each."""
+def verify(
+    loaded: LoadedModel,
+    index: Any,
+    tokens: np.ndarray,
+    formats: list[str],
+    finals: dict[str, np.ndarray],
+    args: argparse.Namespace,
+) -> None:
+    """The last word on what each search ended with: float32, all held-out tokens, together."""
+    keys = index.unit_keys()
+    named = {n: {k: formats[int(j)] for k, j in zip(keys, c)} for n, c in finals.items()}
+    verifier = Verifier(loaded, index, tokens, named, weights_gib=args.ram_gib)
+    results = verifier.results({step: verifier.run(step) for step in verifier.steps()})
+    with Path(args.out).open("a") as out:
+        for name, r in results.items():
+            record = {"final": name, "kl": r.kl_mean, "kl_stderr": r.kl_stderr, "kl_p99": r.kl_p99, "tokens": r.tokens, "model": index.digest[:16],
+                      "torch": torch.__version__, "device": platform.machine()}  # fmt: skip
+            out.write(json.dumps(record) + "\n")
+            print(
+                f"{name}: held-out KL {r.kl_mean:.4f} +- {r.kl_stderr:.4f}, {r.tokens:,} tokens", flush=True
+            )
+
+
+def run(search: Any, engine: Evaluator, judge: Evaluator, about: dict[str, Any], args: argparse.Namespace) -> tuple[list[tuple[int, float]], np.ndarray]:  # fmt: skip
+    """One search, step by step: (forward-equivalents, held-out KL) after each, and the last choice."""
+    known: dict[bytes, Any] = {}
     place = Path(args.parts) / f"{digest(about)}.npz"
     state: dict[str, np.ndarray] = {}
     if place.exists():
@@ -118,7 +151,10 @@ def run(search: Any, engine: Evaluator, judge: Evaluator, about: dict[str, Any],
         state = search.begin() if number == 0 else search.step(state, number)
         spent += engine.spent.forward_equivalents - before
         seconds += time.process_time() - start
-        found = judge.scores(state["choice"], args.tokens, 0)
+        key = np.asarray(state["choice"], np.int64).tobytes()
+        if key not in known:
+            known[key] = judge.scores(state["choice"], args.curve_tokens, 0)
+        found = known[key]
         points = np.concatenate([points, [[spent, found.mean[0]]]])
         record = about | {
             "step": number, "forward_equivalents": int(spent), "kl": float(state["kl"]), "kl_held_out": float(found.mean[0]),
@@ -136,7 +172,7 @@ def run(search: Any, engine: Evaluator, judge: Evaluator, about: dict[str, Any],
         np.savez(buffer, **state, **{"bench.step": np.array(number), "bench.spent": np.array(spent),
                                      "bench.seconds": np.array(seconds), "bench.points": points})  # fmt: skip
         atomic_write(place, buffer.getvalue())
-    return [(int(t), float(kl)) for t, kl in points]
+    return [(int(t), float(kl)) for t, kl in points], np.asarray(state["choice"])
 
 
 def arguments() -> argparse.Namespace:
@@ -151,7 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--searches",
         type=lambda s: s.split(","),
-        default=["refine", "evopress", "random_search", "rco", "ramp"],
+        default=["path", "refine", "evopress", "random_search", "rco", "ramp"],
     )
     parser.add_argument("--seeds", type=lambda s: [int(x) for x in s.split(",")], default=[0])
     parser.add_argument(
@@ -169,7 +205,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--ram-gib", type=float, default=6.0, help="for quantised weights")
-    parser.add_argument("--bf16", action="store_true", help="keep quantised weights in bf16")
+    parser.add_argument(
+        "--curve-tokens",
+        type=int,
+        default=4096,
+        help="held-out tokens after each step; the ends are verified on all",
+    )
+    parser.add_argument(
+        "--bf16", action="store_true", help="search in bfloat16; the ends are verified in float32"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--parts", default="build/search_smollm2", help="folder of what can be resumed")
     parser.add_argument("--out", default="benchmarks/results/search_smollm2.jsonl")
