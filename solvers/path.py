@@ -41,7 +41,7 @@ class PathDescent(Refine):
     STEP: ClassVar[str] = "step"
     SETTINGS: ClassVar[Mapping[str, Any]] = {
         "steps": 12, "above": 0.17, "stages": 4, "tokens": 2048, "parts": 4, "few_tokens": 1024, "judge_tokens": 3072,
-        "offspring": 8, "spread": 1.0, "patience": 2, "groups": "none", "z": 0.0,
+        "offspring": 8, "spread": 1.0, "patience": 2, "groups": "none", "z": 0.7,
     }  # fmt: skip
 
     def begin(self) -> State:
