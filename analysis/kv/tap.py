@@ -3,7 +3,7 @@
 Transformers asks its cache for K and V in every attention layer; ours answers twice as many keys: as they are read when
 packed, and as they are read from the 16-bit window. The attention mask is doubled alike: query i sees key j packed when
 j < `KvLayout.packed(i)`, plain otherwise. One softmax over both is exactly a decoding step, and every attention function
-of transformers (soft caps, sinks, sliding windows, latent attention) computes it unchanged.
+of transformers (sinks, sliding windows, latent attention) computes it unchanged.
 """
 
 from __future__ import annotations
