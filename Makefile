@@ -57,7 +57,9 @@ clients: $(STAMP)
 	$(BIN)/python -m pytest -q tests/app/targets/test_engines.py
 
 gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu_kernels.py --check
 	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python benchmarks/gpu_kernels.py --tune
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -25,6 +25,7 @@ from bitatlas.app.cli_options import (
     Wait,
 )
 from bitatlas.app.cli_search import refine, search
+from bitatlas.app.cli_shipping import bench_kernels, check, export
 from bitatlas.app.problems import guarded
 
 __all__ = ["app", "main"]
@@ -35,8 +36,9 @@ app = typer.Typer(
 )  # fmt: skip
 jobs_app = typer.Typer(no_args_is_help=False, help="Background jobs: list, show, logs, cancel, resume.")
 app.add_typer(jobs_app, name="jobs")
-for command in (refine, search):
+for command in (refine, search, export, check):
     app.command()(command)
+app.command("bench-kernels")(bench_kernels)
 
 
 @app.command()
@@ -116,6 +118,13 @@ def solve(
     pin: Pins = None,
     target: Target = None,
     seed: int = 0,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Linear layers of one decoding step, by `bench-kernels`.")
+    ] = None,
+    bops: Annotated[float | None, typer.Option(help="10^9 bit operations per token (HAWQ-V3).")] = None,
+    active_bytes: Annotated[
+        str | None, typer.Option(help="Weight bytes read in one decoding step: 900MB.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where to write the allocation.")
     ] = None,
@@ -127,6 +136,7 @@ def solve(
     result = tasks.solve(
         model, metric=metric, solver=solver, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
         kv_bits=kv_bits, kv=kv, kv_metric=kv_metric, reserve=reserve, formats=formats, pins=pin or [], target=target, seed=seed, output=output,
+        latency_ms=latency_ms, bops=bops, active_bytes=active_bytes,
     )  # fmt: skip
     emit(tasks.describe_allocation(result, output), json_output, "allocation")
 
@@ -240,36 +250,6 @@ def generate(
     from bitatlas.app import tasks
 
     emit(tasks.generate(directory, prompt, max_new_tokens=max_new_tokens), json_output, "text")
-
-
-@app.command()
-@guarded
-def export(
-    allocation: Path, target: Annotated[str, typer.Option("--target", help="`bitatlas targets` lists them.")],
-    output: Annotated[Path, typer.Option("-o", "--output")],
-    model: Annotated[str | None, typer.Option(help="Only when the store does not know the model.")] = None,
-    weights: Annotated[bool, typer.Option("--weights", help="The finished checkpoint, not the config alone.")] = False,
-    quantizer: Annotated[str, typer.Option(help="With --weights: rtn or mse.")] = "rtn",
-    calibration: Annotated[Path | None, typer.Option(help="Text for llama.cpp's imatrix.")] = None,
-    tokens: int = 16384, seq_len: int = 512, json_output: Json = False,
-) -> None:  # fmt: skip
-    """Write what an engine needs, and the command to run."""
-    from bitatlas.app import tasks
-
-    result = tasks.export(allocation, target, output, model=model, weights=weights, quantizer=quantizer,
-                          calibration=calibration, tokens=tokens, seq_len=seq_len)  # fmt: skip
-    emit(result, json_output, "export")
-
-
-@app.command()
-@guarded
-def check(
-    allocation: Path, target: Annotated[str, typer.Option("--target")], model: str | None = None, json_output: Json = False,
-) -> None:  # fmt: skip
-    """Would this engine load it? servable / loads but decodes wrong / rejected, with the reason."""
-    from bitatlas.app import tasks
-
-    emit(tasks.check(allocation, target, model=model), json_output, "export")
 
 
 @app.command()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitatlas.kernels.packed.matrix import PackedMatrix
 from bitatlas.kernels.triton_bits import product, scale_and_zero, stream_values
+from bitatlas.kernels.tuned import launch
 
 __all__ = ["dequantize", "linear", "linear_fused", "supports"]
 
@@ -103,11 +104,13 @@ def linear_fused(
         x: float16, bfloat16 or float32.
         matrix: an integer format.
         tile: rows of x, rows of W, columns in one step; the last must divide the group size.
-        splits: over how many programs the columns are split.
+        splits: over how many programs the columns are split. Both as measured on this GPU (`kernels.tuned`) when left out.
     """
     m, k = x.shape
     n, fmt = matrix.rows, matrix.format
     group = fmt.group_size or k
+    if tile is None and splits is None and (known := launch(x.device, fmt.bits, fmt.group_size, n, k, m)):
+        tile, splits = known.tile, known.splits
     if tile is None:
         step = 64 if group % 64 == 0 or fmt.group_size is None else 32
         tile = (16 if m <= 16 else 32 if m <= 32 else 64, 64, step)

@@ -6,9 +6,10 @@ import streamlit as st
 
 from bitatlas.analysis.schema import Allocation, UserError
 from bitatlas.app import tasks
+from bitatlas.app.sizes import format_bytes
 from bitatlas.app.studies import Study, open_store
 from bitatlas.app.targets import TARGETS
-from bitatlas.app.views.export import ExportView, build_export
+from bitatlas.app.views.export import ExportView, build_engines, build_export
 from bitatlas.app.widgets.boxes import empty_state, error_box
 from bitatlas.app.widgets.data import the_study
 from bitatlas.app.widgets.frame import title
@@ -65,6 +66,7 @@ def page() -> None:
         title(view.title)
     _verdict(view)
     _files(view)
+    _engines(chosen, study)
     if view.target == "bitatlas":
         _pack(study, chosen)
     st.download_button("Allocation file", chosen.to_json, f"{study.index.name}-{chosen.bits_per_weight:.2f}bpw.json", "application/json",
@@ -80,6 +82,21 @@ def _verdict(view: ExportView) -> None:
     if view.change:
         lines.append(f"Smallest change: {view.change}")
     box("  \n".join(lines), icon=_ICON[view.status])
+
+
+def _engines(allocation: Allocation, study: Study) -> None:
+    """All engines side by side."""
+    rows = build_engines(TARGETS.values(), allocation, study.index)
+    with st.expander("Engine by engine", icon=":material/dns:"):
+        st.dataframe(
+            [
+                {"engine": r.engine, "verdict": r.status, "size": format_bytes(r.bytes), "why not": r.reason,
+                 "units": r.units, "smallest change": r.change}
+                for r in rows
+            ],
+            hide_index=True, key="engines",
+        )  # fmt: skip
+        cli_twin(command("check", "allocation.json"))
 
 
 def _files(view: ExportView) -> None:

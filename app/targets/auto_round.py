@@ -23,8 +23,8 @@ class AutoRound(Target):
     SERVES = "AutoRound, and what it exports to: transformers, vLLM, SGLang"
 
     def loads(self, fmt: Format) -> bool:
-        """Every integer format and 16 bits."""
-        return True
+        """Every integer format but asymmetric 8 bits, and 16 bits."""
+        return fmt.kind == "float" or (fmt.kind == "int" and (fmt.bits < 8 or fmt.symmetric))
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """Linears only; the head too, not the embedding; whole groups and words of 32 columns."""
@@ -40,6 +40,10 @@ class AutoRound(Target):
             )
         if not is_linear(unit) and unit.role != "head":
             return Finding(REJECTED, "only nn.Linear is quantised; this is a Conv1D", (unit.key,))
+        if fmt.bits == 8 and not fmt.symmetric:
+            return Finding(
+                REJECTED, "AutoRound refuses 8 bits with zero points: its readers have none", (unit.key,)
+            )
         if unit.cols % (fmt.group_size or 32) or unit.cols % 32:
             return Finding(
                 REJECTED,

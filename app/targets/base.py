@@ -51,7 +51,7 @@ class Verdict:
         findings: reasons against it, worst first.
         changes: unit -> format, the smallest change that makes it servable; empty when it is, or when none does.
         notes: what else to know; nothing that keeps it from being served.
-        bytes: weights in the engine's own container, headers aside; 0 when its size is that of the allocation.
+        bytes: weights in the engine's own container, headers aside.
     """
 
     status: str
@@ -196,9 +196,18 @@ class Target(ABC):
         """Remarks for people."""
         return ()
 
+    def unit_bytes(self, unit: QuantUnit, fmt: Format) -> int:
+        """Bytes of a unit in the engine's own container."""
+        return fmt.payload_bytes(unit.rows, unit.cols)
+
+    def kept_bytes(self, index: ModelIndex) -> int:
+        """Bytes of the tensors that are not quantised, in the engine's container."""
+        return index.kept_bytes
+
     def engine_bytes(self, allocation: Allocation, index: ModelIndex) -> int:
-        """Bytes of the weights in the engine's container; 0 when they are the allocation's own."""
-        return 0
+        """Bytes of the weights in the engine's container."""
+        units = (self.unit_bytes(u, FORMATS[allocation.formats[u.key]]) for u in index.units)
+        return sum(units) + self.kept_bytes(index)
 
     def container(self) -> Container | None:
         """How the engine stores quantised matrices, where we can write them; imports torch."""

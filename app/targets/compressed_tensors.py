@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CompressedTensors", "Vllm"]
 
+_EXPERT_BITS = (
+    2,
+    4,
+    8,
+)  # Marlin's, and the one width of Humming that was tried in a MoE (vllm#48918, vllm#52799)
 _SHAPE_BYTES = 16  # the int64 pair weight_shape of every module
 
 
@@ -81,18 +86,13 @@ class CompressedTensors(Target):
         """Broken expert ties are not noticed; other ties raise."""
         return WRONG if "experts" in tie.name else REJECTED
 
-    def engine_bytes(self, allocation: Allocation, index: ModelIndex) -> int:
-        """Packed weights, scales, zero points (packed along the rows) and shapes; the rest as it was."""
-        total = index.kept_bytes
-        for u in index.units:
-            fmt = FORMATS[allocation.formats[u.key]]
-            if fmt.kind == "float":
-                total += u.params * 2
-                continue
-            total += fmt.code_bytes(u.rows, u.cols) + fmt.scale_bytes(u.rows, u.cols) + _SHAPE_BYTES
-            if not fmt.symmetric:
-                total += -(-u.rows * fmt.bits // 32) * 4 * fmt.groups(u.cols)
-        return total
+    def unit_bytes(self, unit: QuantUnit, fmt: Format) -> int:
+        """Packed weights, scales, zero points (packed along the rows) and the shape; else 16 bits."""
+        if fmt.kind == "float":
+            return unit.params * 2
+        zeros = 0 if fmt.symmetric else -(-unit.rows * fmt.bits // 32) * 4 * fmt.groups(unit.cols)
+        codes = fmt.code_bytes(unit.rows, unit.cols) + fmt.scale_bytes(unit.rows, unit.cols)
+        return codes + zeros + _SHAPE_BYTES
 
     def container(self) -> Container:
         """Pack-quantized modules."""
@@ -180,6 +180,13 @@ class Vllm(CompressedTensors):
     def _expert_ties(self, index: ModelIndex) -> tuple[TieGroup, ...]:
         reason = "vLLM reads the scheme of expert 0 and takes it for all experts of the layer"
         return layer_experts(index, reason)
+
+    def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
+        """Also widths that its MoE kernels do not have."""
+        found = super().refuses(unit, fmt, index)
+        if found is None and unit.expert >= 0 and fmt.kind == "int" and fmt.bits not in _EXPERT_BITS:
+            return Finding(REJECTED, f"vLLM has no kernel for experts of {fmt.bits} bits", (unit.key,))
+        return found
 
     def tie_status(self, tie: TieGroup, formats: Mapping[str, str]) -> str:
         """vLLM compares the projections of expert 0, and nothing else of the experts."""

@@ -37,6 +37,19 @@ class Limits:
         ]
         return np.array(rows, bool).reshape(len(index.units), len(fmts))
 
+    def bytes(self, index: ModelIndex, formats: Sequence[str]) -> np.ndarray:
+        """(units, formats) int64: in the engine's container or our own, whichever is larger."""
+        fmts = [FORMATS[f] for f in formats]
+        memo: dict[tuple[int, int, str], int] = {}
+        table = index.bytes_table(fmts)
+        for i, u in enumerate(index.units):
+            for j, f in enumerate(fmts):
+                key = (u.rows, u.cols, f.name)
+                if key not in memo:
+                    memo[key] = self.target.unit_bytes(u, f)
+                table[i, j] = max(table[i, j], memo[key])
+        return table
+
 
 def limits_of(target: Target, index: ModelIndex, formats: Sequence[str]) -> Limits:
     """The limits of ``target`` on a choice among ``formats``.

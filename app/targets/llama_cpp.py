@@ -24,6 +24,7 @@ from bitatlas.app.targets.ggml import (
     WRITTEN,
     exact_type,
     fallback,
+    ggml_type,
     gguf_name,
     tensor_bytes,
     type_of,
@@ -82,8 +83,16 @@ class LlamaCpp(Target):
     def engine_bytes(self, allocation: Allocation, index: ModelIndex) -> int:
         """Tensor data of the GGUF: types after fallback, kept tensors in float32, each tensor aligned."""
         sizes = [tensor_bytes(got, n) for _, got, n in self.types(allocation, index).values()]
-        sizes += [math.prod(k.shape) * 4 for k in index.kept]
-        return sum(-(-s // _ALIGNMENT) * _ALIGNMENT for s in sizes)
+        return sum(-(-s // _ALIGNMENT) * _ALIGNMENT for s in sizes) + self.kept_bytes(index)
+
+    def unit_bytes(self, unit: QuantUnit, fmt: Format) -> int:
+        """The type after fallback, aligned."""
+        size = tensor_bytes(ggml_type(fmt, unit.cols), unit.params)
+        return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+    def kept_bytes(self, index: ModelIndex) -> int:
+        """In float32, each tensor aligned."""
+        return sum(-(-math.prod(k.shape) * 4 // _ALIGNMENT) * _ALIGNMENT for k in index.kept)
 
     def notes(self, allocation: Allocation, index: ModelIndex) -> Iterable[str]:
         """Types that fall back, the size, and that ggml has its own codes."""

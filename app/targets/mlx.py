@@ -79,14 +79,11 @@ class Mlx(Target):
             index, "MLX keeps all experts of a projection in one module, which has one width"
         )
 
-    def engine_bytes(self, allocation: Allocation, index: ModelIndex) -> int:
-        """Codes, a 16-bit scale and a 16-bit bias per group; the rest as it was."""
-        total = index.kept_bytes
-        for u in index.units:
-            fmt = FORMATS[allocation.formats[u.key]]
-            scales = 2 * fmt.scale_bytes(u.rows, u.cols)
-            total += u.params * 2 if fmt.kind == "float" else fmt.code_bytes(u.rows, u.cols) + scales
-        return total
+    def unit_bytes(self, unit: QuantUnit, fmt: Format) -> int:
+        """Codes, a 16-bit scale and a 16-bit bias per group; else 16 bits."""
+        if fmt.kind == "float":
+            return unit.params * 2
+        return fmt.code_bytes(unit.rows, unit.cols) + 2 * fmt.scale_bytes(unit.rows, unit.cols)
 
     def container(self) -> Container:
         """Affine modules."""

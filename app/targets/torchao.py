@@ -50,14 +50,11 @@ class TorchAo(Target):
             )
         return None
 
-    def engine_bytes(self, allocation: Allocation, index: ModelIndex) -> int:
-        """A byte for every code, a 16-bit scale and an 8-bit zero point per group; the rest as it was."""
-        total = index.kept_bytes
-        for u in index.units:
-            fmt = FORMATS[allocation.formats[u.key]]
-            groups = u.rows * fmt.groups(u.cols)
-            total += u.params * 2 if fmt.kind == "float" else u.params + 3 * groups
-        return total
+    def unit_bytes(self, unit: QuantUnit, fmt: Format) -> int:
+        """A byte for every code, a 16-bit scale and an 8-bit zero point per group; else 16 bits."""
+        if fmt.kind == "float":
+            return unit.params * 2
+        return unit.params + 3 * unit.rows * fmt.groups(unit.cols)
 
     def notes(self, allocation: Allocation, index: ModelIndex) -> Iterable[str]:
         """That nothing gets smaller below 8 bits, and whose rounding it is."""

@@ -6,6 +6,7 @@ allocation = tasks.solve("demo", metric="fisher", bits=3.5)
 """
 
 from bitatlas.app.tasks.agreeing import agree
+from bitatlas.app.tasks.benching import bench_kernels
 from bitatlas.app.tasks.demo import demo, demo_path
 from bitatlas.app.tasks.jobs import jobs_cancel, jobs_list, jobs_logs, jobs_resume, jobs_show, rebuild
 from bitatlas.app.tasks.listing import formats, metrics, quantizers, solvers, targets
@@ -34,6 +35,7 @@ from bitatlas.app.tasks.verifying import submit_verify, verify
 __all__ = [
     "agree",
     "applicable_metrics",
+    "bench_kernels",
     "build_problem",
     "check",
     "confine",

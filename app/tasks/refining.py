@@ -46,17 +46,16 @@ def submit_refine(
             found=f"solver {plan.solver}",
             fix="refine one made by `bitatlas solve` on a metric",
         )
-    if settings.get("target"):
-        raise UserError(
-            "this allocation was solved under an engine's ties, which refining does not know",
-            found=f"solver {plan.solver}",
-            fix="bitatlas search MODEL --solver refine --start FILE --target ENGINE --metric METRIC --bits B",
-        )
+    if settings.get("target") is True:  # before the name was kept
+        raise UserError("this allocation does not say for which engine it was solved", fix="solve it again")
+    if settings.get("side"):
+        raise UserError("refining keeps to the bytes only", found=f"also limited: {settings['side']}",
+                        fix="refine one solved without further limits")  # fmt: skip
     half = max(tokens // 2, 1)
     budget = plan.budget or Budget(plan.weights_bytes)
     return submit_search(
         index.path, solver="refine", metric=settings.get("metric", plan.metric), run=str(run), budget=replace(budget),
-        formats=tuple(formats), pins=plan.pins, calibration=calibration, tokens=tokens, seq_len=seq_len, steps=rounds, seed=seed,
+        formats=tuple(formats), pins=plan.pins, target=settings.get("target") or None, calibration=calibration, tokens=tokens, seq_len=seq_len, steps=rounds, seed=seed,
         settings={"tokens": half, "judge_tokens": half, "few_tokens": max(half // 4, 1)}, start=[plan], label=f"{plan.solver}+refine",
     )  # fmt: skip
 

@@ -92,17 +92,17 @@ def submit_search(
     chosen = dict(settings or {}) | ({} if steps is None else {"steps": steps})
     checked = kind.checked(chosen)
     budget = budget or resolve_budget(index, bits=bits, bytes_=bytes_)
+    pinned = dict(pins) if isinstance(pins, Mapping) else resolve_pins(pins or [], index.unit_keys())
     starts = []
     for item in start:
         allocation = item if isinstance(item, Allocation) else read_allocation(item)
         allocation.check_model(index)
-        outside = sorted(set(allocation.formats.values()) - set(names))
+        outside = sorted(set(allocation.formats.values()) - {*names, *pinned.values()})
         if outside:
             raise UserError("an allocation to begin with has formats outside the search", found=", ".join(outside), fix="--formats")  # fmt: skip
         starts.append(store.put_allocation(allocation))
     if policy is not None and not (kind.HAS_POLICY and Path(policy).is_file()):
         raise UserError("this policy cannot be used", found=f"{policy} for {kind.NAME}", fix="a .safetensors file that `bitatlas search --solver ramp` left")  # fmt: skip
-    pinned = dict(pins) if isinstance(pins, Mapping) else resolve_pins(pins or [], index.unit_keys())
     params = {
         "model": index.path, "digest": index.digest, "solver": kind.NAME, "metric": metric or "", "run": run,
         "formats": list(names), "pins": pinned, "target": target or "", "budget": asdict(budget),

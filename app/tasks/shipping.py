@@ -148,13 +148,22 @@ def _index_of(allocation: Allocation, model: str | None) -> ModelIndex:
     return index
 
 
-def check(allocation: str | Path | Allocation, target: str, *, model: str | None = None) -> dict[str, Any]:
-    """Would this engine load it: servable, loads but decodes wrong, or rejected; with the reasons."""
-    from bitatlas.app.targets import get_target
+def check(
+    allocation: str | Path | Allocation, target: str | None = None, *, model: str | None = None
+) -> dict[str, Any]:
+    """Would this engine load it: servable, loads but decodes wrong, or rejected; unit by unit, with the reasons.
+
+    Without ``target`` all engines are asked: ``engines`` holds an answer of each.
+    """
+    from bitatlas.app.targets import TARGETS, get_target
 
     plan = allocation if isinstance(allocation, Allocation) else read_allocation(allocation)
-    verdict = get_target(target).check(plan, _index_of(plan, model))
-    return {"target": target, **verdict.to_dict()}
+    index = _index_of(plan, model)
+    if target is None:
+        return {
+            "engines": [{"target": name, **t.check(plan, index).to_dict()} for name, t in TARGETS.items()]
+        }
+    return {"target": target, **get_target(target).check(plan, index).to_dict()}
 
 
 def export(

@@ -23,6 +23,7 @@ from bitatlas.analysis.schema import (
     resolve_pins,
 )
 from bitatlas.app.budgets import resolve_budget, uniform_kv
+from bitatlas.app.side_budgets import SideLimits
 from bitatlas.app.sizes import parse_bytes
 from bitatlas.app.tasks.interaction import with_probes
 from bitatlas.app.tasks.joint import find_kv_table, solve_joint
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from bitatlas.app.targets.limits import Limits
 
 __all__ = [
-    "build_problem", "describe_allocation", "describe_frontier", "find_table", "frontier", "read_allocation", "solve",
+    "build_problem", "describe_allocation", "describe_frontier", "find_table", "frontier", "in_own_bytes", "read_allocation",
+    "solve",
 ]  # fmt: skip
 
 
@@ -72,14 +74,21 @@ def build_problem(
 ) -> Problem:
     """The solvers' problem; formats that only pins use become columns of their own.
 
-    ``limits`` of an engine add its ties, and pins where it takes none of the formats; pins by hand come first.
+    ``limits`` of an engine add its ties, pins where it takes none of the formats (pins by hand come first), and the bytes
+    of its own container: the budget holds there too.
     """
     wanted = tuple(parse_format(f) for f in formats)
     if limits is None:
         return Problem.build(index, table, wanted, limit_bytes, pins=pins)
     problem = Problem.build(index, table, wanted, limit_bytes, pins={**limits.pins, **pins}, ties=limits.ties)
     mask = limits.mask(index, problem.formats, free=tuple(pins))
-    return replace(problem, allowed=problem.allowed & mask)
+    more = max(0, limits.target.kept_bytes(index) - index.kept_bytes)
+    return replace(
+        problem,
+        allowed=problem.allowed & mask,
+        bytes=limits.bytes(index, problem.formats),
+        limit_bytes=limit_bytes - more,
+    )
 
 
 def _prepare(
@@ -126,11 +135,16 @@ def solve(
     pins: list[str] | None = None,
     target: str | None = None,
     seed: int = 0,
+    latency_ms: float | None = None,
+    bops: float | None = None,
+    active_bytes: str | int | None = None,
     output: str | Path | None = None,
 ) -> Allocation:
     """The best allocation that a solver finds within a budget; stored, and written to ``output`` when named.
 
     ``kv``: K and V of every layer get formats too, under the same ``fit`` budget; ``kv_bits`` gives all layers the same.
+    Further limits hold beside the bytes (`app.side_budgets`): ``latency_ms`` of one decoding step of ``batch`` sequences by the
+    kernel table of this machine, ``bops`` per token (in 10^9), ``active_bytes`` read per step. The default solver then is `ilp`.
 
     Raises:
         UserError: not measured, impossible budget (names the smallest possible one), a pin that matches nothing.
@@ -138,6 +152,12 @@ def solve(
     if kv and (fit is None or kv_bits != 16):
         raise UserError("weights and KV cache share a budget of memory", found="--kv-bits as well" if fit else "no --fit",
                         fix="--fit 8GiB --context 8192 --kv, without --kv-bits")  # fmt: skip
+    asked = (latency_ms, bops, active_bytes) != (None, None, None)
+    if asked and kv:
+        raise UserError(
+            "further limits are for the weights alone", found="--kv as well", fix="leave out --kv"
+        )
+    solver = "ilp" if asked and solver == "mckp" else solver
     algorithm = get_solver(solver)
     store, index, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
@@ -153,7 +173,8 @@ def solve(
     else:
         budget = resolve_budget(index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
                                 reserve=reserve, bits_k=kv_bits, bits_v=kv_bits)  # fmt: skip
-        allocation = solve_table(index, table, names, budget, solver, pinned, limits, seed)
+        side = SideLimits(latency_ms, bops, active_bytes, batch) if asked else None
+        allocation = solve_table(index, table, names, budget, solver, pinned, limits, seed, side)
         same = uniform_kv(index, kv_bits, kv_bits)
         allocation = replace(allocation, kv={i: (p.k.name, p.v.name) for i, p in same.items()})
     store.put_allocation(allocation)
@@ -171,13 +192,24 @@ def solve_table(
     pins: dict[str, str],
     limits: Limits | None = None,
     seed: int = 0,
+    side: SideLimits | None = None,
 ) -> Allocation:
     """`solve` without the store: what a page calls while a slider moves."""
     problem = build_problem(index, table, formats, budget.weights_bytes - index.kept_bytes, pins, limits)
+    if side is not None:
+        problem = replace(problem, side=side.budgets(index, problem.formats))
     algorithm = get_solver(solver)
     solution = algorithm.solve(with_probes(problem, table, algorithm), seed=seed)
-    provenance = _provenance(index, table, formats, solver, limits, seed)
-    return to_allocation(problem, solution, index, budget=budget, provenance=provenance)
+    provenance = _provenance(
+        index, table, formats, solver, limits, seed, **(side.settings() if side is not None else {})
+    )
+    return in_own_bytes(to_allocation(problem, solution, index, budget=budget, provenance=provenance), index)
+
+
+def in_own_bytes(allocation: Allocation, index: ModelIndex) -> Allocation:
+    """The allocation with the size of its own formats, where the problem counted an engine's."""
+    payload = sum(parse_format(allocation.formats[u.key]).payload_bytes(u.rows, u.cols) for u in index.units)
+    return replace(allocation, payload_bytes=payload, bits_per_weight=payload * 8 / max(index.params, 1))
 
 
 def _provenance(
@@ -188,7 +220,7 @@ def _provenance(
         "run": table.run if table else "",
         "formats": list(formats),
         "solver": solver,
-        "target": limits is not None,
+        "target": limits.target.NAME if limits is not None else "",
     }
     return Provenance(model_digest=index.digest, model_name=index.name, seed=seed, settings=settings | more)
 
@@ -208,7 +240,9 @@ def frontier(
     store, index, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
     )
-    ceiling = int(index.bytes_table([parse_format(f) for f in names]).max(axis=1).sum())
+    fmts = [parse_format(f) for f in names]
+    sizes = index.bytes_table(fmts) if limits is None else limits.bytes(index, (*names, "bf16"))
+    ceiling = int(sizes.max(axis=1).sum())
     problem = with_probes(build_problem(index, table, names, ceiling, pinned, limits), table, algorithm)
     front = sweep(problem, algorithm, points=points)
     store.put_frontier(index.digest, front)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bitatlas.analysis.schema import Allocation, ModelIndex
 from bitatlas.app.targets.base import Target
 
-__all__ = ["ExportView", "build_export"]
+__all__ = ["EngineRow", "ExportView", "build_engines", "build_export"]
 
 _WORDS = {
     "servable": "loads and serves this allocation",
@@ -32,6 +33,32 @@ class ExportView:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRow:
+    """One engine in the table of all: verdict, the first reason against it, the smallest change, bytes in its container."""
+
+    engine: str
+    status: str
+    reason: str
+    change: str
+    units: int
+    bytes: int
+
+
+def build_engines(
+    targets: Iterable[Target], allocation: Allocation, index: ModelIndex
+) -> tuple[EngineRow, ...]:
+    """Ask every engine; servable ones first, in the order given."""
+    rows = []
+    for target in targets:
+        verdict = target.check(allocation, index)
+        reason = verdict.reasons[0] if verdict.reasons else ""
+        rows.append(
+            EngineRow(target.TITLE, verdict.status, reason, verdict.change, len(verdict.units), verdict.bytes)
+        )
+    return tuple(sorted(rows, key=lambda r: r.status != "servable"))
 
 
 def build_export(target: Target, allocation: Allocation, index: ModelIndex) -> ExportView:

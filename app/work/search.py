@@ -26,6 +26,7 @@ from bitatlas.analysis.schema import (
 )
 from bitatlas.app.jobs.work import Work
 from bitatlas.app.tasks.searching import search_problem, search_run
+from bitatlas.app.tasks.solving import in_own_bytes
 from bitatlas.app.work.checkpoint import loadable, unchanged
 from bitatlas.app.work.parts import load_part, save_part
 from bitatlas.app.work.recorder import Recorder, unpacked_choice
@@ -142,7 +143,7 @@ class SearchWork(Work):
             "computed_tokens": float(last["spent"][2]), "evaluations": int(last["spent"][3]), "from": list(p["start"]),
             "settings": p["settings"], "candidates": self._run_id,
         }  # fmt: skip
-        settings = {"run": p["run"], "formats": list(p["formats"]), "solver": p["solver"], "target": bool(p["target"]),
+        settings = {"run": p["run"], "formats": list(p["formats"]), "solver": p["solver"], "target": p["target"],
                     "refined" if p["solver"] == "refine" else "search": told}  # fmt: skip
         found = Allocation(
             model_digest=self.index.digest, model_name=self.index.name,
@@ -152,6 +153,7 @@ class SearchWork(Work):
             solver=p["label"], status="feasible", budget=Budget(**p["budget"]), pins=dict(self.problem.pins),
             provenance=Provenance(model_digest=self.index.digest, model_name=self.index.name, seed=p["seed"], settings=settings),
         )  # fmt: skip
+        found = in_own_bytes(found, self.index)
         key = store.put_allocation(found)
         front = self._front(store, choice, kl)
         result = {

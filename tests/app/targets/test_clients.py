@@ -44,6 +44,7 @@ def expert_bits(u: QuantUnit) -> str:
         ("llama", lambda u: "int3-g32-sym" if u.layer else "int6-channel-sym", SERVABLE, True),
         ("llama", lambda u: "int2-g32-sym" if u.layer else "int5-g32-sym", SERVABLE, True),
         ("llama", lambda u: "int4-g32", REJECTED, False),
+        ("llama", lambda u: "int4-g64-sym" if u.cols % 64 else "int8-g32-sym", REJECTED, False),  # ragged
         ("qwen3_moe", lambda u: "int4-g32-sym" if u.expert >= 0 else "int8-g32-sym", SERVABLE, True),
         ("qwen3_moe", expert_bits, WRONG, True),
         ("qwen3_moe", lambda u: "int4-g32-sym" if u.expert in (0, 1) else "int8-g32-sym", WRONG, True),
@@ -58,8 +59,10 @@ def test_the_verdict_is_what_transformers_does(
     index, plan, folder = export(tiny_checkpoint, allocate, tmp_path, family, pick)
     assert CT.check(plan, index).status == verdict
     if not loads:
-        with pytest.raises(RuntimeError):
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with pytest.raises((RuntimeError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+                torch.ones(1, 2, dtype=torch.long)
+            )
         return
     client = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours = LoadedModel.open(index)

@@ -133,7 +133,7 @@ def test_vllm_rules_for_experts_and_odd_checkpoints(make_index, allocate, tiny_c
 
 def test_auto_round_golden(make_index, allocate) -> None:
     target, index = TARGETS["auto-round"], make_index(layers=1)
-    plan = allocate(index, mixed(index, "int4-g128-sym", o="int8-channel", down="bf16", head="int8-g64"))
+    plan = allocate(index, mixed(index, "int4-g128-sym", o="int8-channel-sym", down="bf16", head="int6-g64"))
     assert target.check(plan, index).status == SERVABLE
     files = target.render(plan, index)
     assert files["layer_config.json"] == (
@@ -141,11 +141,11 @@ def test_auto_round_golden(make_index, allocate) -> None:
         '"model.layers.0.self_attn.q_proj": {"bits": 4, "group_size": 128, "sym": true},\n'
         '"model.layers.0.self_attn.k_proj": {"bits": 4, "group_size": 128, "sym": true},\n'
         '"model.layers.0.self_attn.v_proj": {"bits": 4, "group_size": 128, "sym": true},\n'
-        '"model.layers.0.self_attn.o_proj": {"bits": 8, "group_size": -1, "sym": false},\n'
+        '"model.layers.0.self_attn.o_proj": {"bits": 8, "group_size": -1, "sym": true},\n'
         '"model.layers.0.mlp.gate_proj": {"bits": 4, "group_size": 128, "sym": true},\n'
         '"model.layers.0.mlp.up_proj": {"bits": 4, "group_size": 128, "sym": true},\n'
         '"model.layers.0.mlp.down_proj": {"bits": 16, "data_type": "float"},\n'
-        '"lm_head": {"bits": 8, "group_size": 64, "sym": false}\n'
+        '"lm_head": {"bits": 6, "group_size": 64, "sym": false}\n'
         "}\n"
     )
     assert "base = {'bits': 4, 'group_size': 128, 'sym': True}" in files["quantize.py"]

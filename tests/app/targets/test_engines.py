@@ -13,7 +13,7 @@ import torch
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import FORMATS
-from bitatlas.app.targets import SERVABLE, TARGETS
+from bitatlas.app.targets import REJECTED, SERVABLE, TARGETS
 from bitatlas.app.targets.mlx import mlx_name
 from bitatlas.kernels.reference import quantize_dequantize
 
@@ -115,6 +115,21 @@ def test_auto_round_reads_our_layer_config(
                 fmt.group_size or -1,
                 fmt.symmetric,
             )
+
+
+def test_auto_round_refuses_eight_bits_with_zero_points_as_check_says(
+    tiny_checkpoint, allocate, tmp_path: Path, client: Callable[..., str]
+) -> None:
+    folder = tiny_checkpoint("llama", **wide("llama"))
+    index = index_model(folder)
+    target, plan = TARGETS["auto-round"], allocate(index, "int8-g32")
+    verdict = target.check(plan, index)
+    assert verdict.status == REJECTED
+    assert set(verdict.changes.values()) == {"int8-g32-sym"}
+    config = tmp_path / "layer_config.json"
+    config.write_text(target.render(plan, index)["layer_config.json"])
+    with pytest.raises(AssertionError, match="8-bit asymmetric"):
+        client("autoround", "auto_round", AUTO_ROUND, folder, config, "")
 
 
 GPTQ = """
