@@ -86,6 +86,16 @@ class InputSource:
             self.passes += 1
         return self._held[unit]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all matrices."""
+        return sum({input_key(u): u.cols * u.cols * 4 for u in self._units}.values())
+
+    def fill(self) -> None:
+        """Make the first batch now: everything, where the limit allows it."""
+        if self._units and not self._held:
+            self.get(self._units[0].key)
+
     def _batch(self, start: int) -> list[QuantUnit]:
         batch: list[QuantUnit] = []
         seen: dict[tuple[int, int, str], int] = {}

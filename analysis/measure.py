@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from bitatlas.analysis.loaded import LoadedModel
     from bitatlas.analysis.metrics.base import Metric, StepResult
+    from bitatlas.analysis.quantising import UnitQuantizer
     from bitatlas.analysis.weights import WeightReader
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 _ROWS = "__rows__"
+_MOMENT_BYTES = 4 << 30  # of second moments held at once for the setting ``quantizer``
 WHOLE = 1 << 24  # weights of a unit that is held whole: 64 MiB of float32
 
 
@@ -102,6 +104,7 @@ class MeasureContext:
         self._last: tuple[str, Tensor] | None = None
         self._shared: tuple[str, dict[str, Any]] = "", {}
         self._others: dict[str, LoadedModel] = {}
+        self._quantizers: dict[str, UnitQuantizer] = {}
         # Room for what steps of one process may share to save work; results never hang on it.
         self.scratch: dict[str, Any] = {}
 
@@ -214,10 +217,42 @@ class MeasureContext:
         return memo[name]
 
     def candidate(self, unit: QuantUnit, fmt: Format) -> Tensor:
-        """(rows, cols) float32: what the unit's weight becomes under ``fmt``."""
+        """(rows, cols) float32: what the unit's weight becomes under ``fmt``, by the quantiser of the settings."""
         from bitatlas.kernels.reference import quantize_dequantize
 
-        return quantize_dequantize(self.weight(unit), fmt)
+        if not self._quantizers:
+            return quantize_dequantize(self.weight(unit), fmt)
+        made = self._quantizers.get(fmt.name) or next(iter(self._quantizers.values()))
+        return made.effective(unit.key, self.weight(unit), fmt)
+
+    def prepare(self) -> None:
+        """What the setting ``quantizer`` needs, gathered before a step watches or changes the model.
+
+        Units that AWQ scales together are scaled as in the uniform model of each format.
+
+        Raises:
+            UserError: an unknown quantiser, or more statistics than fit into memory.
+        """
+        from bitatlas.kernels.quantizers import get_quantizer
+
+        name = str(self.settings.get("quantizer", "rtn"))
+        kind = get_quantizer(name)
+        if name == "rtn" or self._quantizers:
+            return
+        from bitatlas.analysis.input_stats import InputSource
+        from bitatlas.analysis.quantising import UnitQuantizer
+
+        source = InputSource(self.loaded, self.calibration.tokens, self.index.units, _MOMENT_BYTES)
+        if (kind.NEEDS_INPUTS or kind.TAKES_INPUTS) and source.nbytes > _MOMENT_BYTES:
+            raise UserError(f"measuring for {name} needs more memory than there is for its statistics",
+                            found=f"{source.nbytes >> 20} MiB, {_MOMENT_BYTES >> 20} MiB are allowed",
+                            fix="--set quantizer=rtn")  # fmt: skip
+        for fmt in self.formats:
+            uniform = dict.fromkeys(self.index.unit_keys(), fmt.name)
+            self._quantizers[fmt.name] = UnitQuantizer.over(
+                name, self.loaded, self.calibration.tokens, uniform, source=source
+            )
+        source.fill()
 
     def random_seed(self, *labels: object) -> int:
         """A 63-bit seed from the context's seed and ``labels``: the same in every process."""
@@ -239,6 +274,7 @@ class MeasureContext:
         for other in self._others.values():
             other.free()
         self._others.clear()
+        self._quantizers.clear()
         self.scratch.clear()
         self._last, self._shared = None, ("", {})
 
@@ -293,6 +329,8 @@ def run_step(metric: Metric, ctx: MeasureContext, parts_dir: str | Path, key: st
     found = _read_part(path)
     if found is not None:
         return found[0]
+    if "quantizer" in metric.SETTINGS:
+        ctx.prepare()
     return save_step(parts_dir, key, metric.step(ctx, key))
 
 

@@ -98,7 +98,7 @@ class UnitQuantizer:
         """For an allocation of a model in memory (original weights in place).
 
         Args:
-            tokens: (S, T) calibration tokens; None where the quantiser needs none.
+            tokens: (S, T) calibration tokens, or None.
             formats: unit key -> format name; AWQ's scales depend on them.
             gamma: kept tensors as stored; read from the checkpoint by default.
             source: statistics that are there already.
@@ -107,7 +107,7 @@ class UnitQuantizer:
             UserError: an unknown quantiser, or calibration text is needed and missing.
         """
         kind = get_quantizer(name)
-        if not kind.NEEDS_INPUTS or tokens is None:
+        if tokens is None or not (kind.NEEDS_INPUTS or kind.TAKES_INPUTS):
             return cls(name)
         source = source or InputSource(loaded, tokens, loaded.index.units)
         if not kind.FOLDS:

@@ -26,6 +26,7 @@ from bitatlas.app.cli_options import (
 )
 from bitatlas.app.cli_search import refine, search
 from bitatlas.app.cli_shipping import bench_kernels, check, export
+from bitatlas.app.cli_talk import answers, chat, generate
 from bitatlas.app.problems import guarded
 
 __all__ = ["app", "main"]
@@ -36,7 +37,7 @@ app = typer.Typer(
 )  # fmt: skip
 jobs_app = typer.Typer(no_args_is_help=False, help="Background jobs: list, show, logs, cancel, resume.")
 app.add_typer(jobs_app, name="jobs")
-for command in (refine, search, export, check):
+for command in (refine, search, generate, chat, answers, export, check):
     app.command()(command)
 app.command("bench-kernels")(bench_kernels)
 
@@ -236,20 +237,6 @@ def pack(
         seed=seed, wait=wait, on_progress=progress_printer(json_output),
     )  # fmt: skip
     emit(result, json_output, "job")
-
-
-@app.command()
-@guarded
-def generate(
-    directory: Annotated[Path, typer.Argument(help="A packed checkpoint.")],
-    prompt: str,
-    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens")] = 64,
-    json_output: Json = False,
-) -> None:
-    """Continue a prompt with a packed checkpoint (greedy)."""
-    from bitatlas.app import tasks
-
-    emit(tasks.generate(directory, prompt, max_new_tokens=max_new_tokens), json_output, "text")
 
 
 @app.command()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 from bitatlas.analysis.schema import null_nan
 from bitatlas.app.sizes import format_bytes
 
-__all__ = ["emit", "progress_printer"]
+__all__ = ["emit", "progress_printer", "spoken_lines"]
 
 
 def emit(data: Any, json_output: bool, shape: str) -> None:
@@ -125,9 +125,31 @@ def _export(data: dict[str, Any]) -> None:
         print(f"run: {data['command']}")
 
 
+def _answers(data: dict[str, Any]) -> None:
+    if "answers" not in data:
+        _pairs(data)
+        return
+    for row in data["answers"]:
+        print(f"> {row['prompt']}\n  original: {row['original']}\n  packed:   {row['packed']}")
+    print(f"{sum(not r['same'] for r in data['answers'])} of {len(data['answers'])} answers differ, "
+          f"{data['changed_refusals']} refusals changed")  # fmt: skip
+
+
+def spoken_lines(stream: TextIO, quiet: bool = False) -> Iterator[str]:
+    """Lines of a terminal (with a prompt before each) or of a pipe, until it ends."""
+    asks = stream.isatty() and not quiet
+    while True:
+        if asks:
+            print("> ", end="", flush=True)
+        line = stream.readline()
+        if not line:
+            return
+        yield line
+
+
 _SHAPES: dict[str, Callable[[Any], None]] = {
     "table": _table, "job": _pairs, "scan": _scan, "allocation": _allocation, "verify": _verify, "text": _text,
-    "export": _export, "trust": _trust,
+    "export": _export, "trust": _trust, "answers": _answers,
 }  # fmt: skip
 
 

@@ -39,6 +39,6 @@ Target = Annotated[
 Wait = Annotated[bool, typer.Option("--wait/--detach", help="Show progress until the job is done.")]
 Quantizer = Annotated[str, typer.Option("--quantizer", help="How codes are chosen: rtn, mse, gptq, awq.")]
 QuantizerText = Annotated[
-    Path | None, typer.Option("--calibration", help="Text for gptq and awq; the demo brings its own.")
+    Path | None, typer.Option("--calibration", help="Text for gptq, awq and mse; the demo brings its own.")
 ]
 DEFAULT_FORMATS = "int{2,3,4,5,6,8}-g64"

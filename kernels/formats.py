@@ -6,7 +6,10 @@ A format's bytes are exact: what `kernels.packed` writes for a matrix is what `p
 - scales: one float16 per row and group (the last group of a row may be ragged: 576 columns in groups
   of 128 are 4.5, so 5 groups);
 - zeros (asymmetric only): one ``bits``-wide code per row and group, all rows in one bit stream padded to
-  32-bit words.
+  32-bit words;
+- formats with a table (NF4, FP4, MXFP4, FP8) store codes and scales in the same way, MXFP4 one byte per scale;
+- outliers (``-o1`` = 1 % of the weights): the same number in every row, each a float16 value and a 16-bit column
+  (32-bit beyond 65 536 columns). A fixed number per row needs no row pointers and makes bytes known beforehand.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ __all__ = ["FORMATS", "Format", "expand_formats", "parse_format"]
 
 _WORD_BITS = 32
 _SCALE_BITS = 16
+_NARROW = 1 << 16  # columns up to which an outlier's column fits into 16 bits
 INT_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES: tuple[int | None, ...] = (32, 64, 128, None)
 
@@ -31,11 +35,15 @@ class Format:
     """A way to store a (rows, cols) matrix. Groups run along the columns (the input dimension).
 
     Attributes:
-        name: ``int4-g64`` (asymmetric), ``int4-g64-sym``, ``int8-channel``, ``bf16``.
+        name: ``int4-g64`` (asymmetric), ``int4-g64-sym``, ``int8-channel``, ``int3-g64-o1``, ``nf4-g64``, ``mxfp4``, ``bf16``.
         bits: width of one code; 16 for the pass-through types.
         group_size: columns that share a scale; None = the whole row ("channel"), also for ``bf16``.
         symmetric: no zero point is stored.
-        kind: ``int`` (codes, scales, zeros) or ``float`` (stored as it is).
+        kind: ``int`` (codes, scales, zeros), ``sparse`` (the same with outliers), ``codebook`` (codes name entries
+            of a table) or ``float`` (stored as it is).
+        codebook: ``nf4``, ``fp4`` or ``fp8``, the table of a codebook format.
+        scale: ``fp16``, or ``e8m0`` for powers of two in one byte.
+        outliers: weights per thousand that are stored as they are.
     """
 
     name: str
@@ -43,6 +51,9 @@ class Format:
     group_size: int | None
     symmetric: bool
     kind: str = "int"
+    codebook: str = ""
+    scale: str = "fp16"
+    outliers: int = 0
 
     @property
     def qmax(self) -> int:
@@ -62,8 +73,16 @@ class Format:
         return rows * (-(-cols * self.bits // _WORD_BITS)) * 4
 
     def scale_bytes(self, rows: int, cols: int) -> int:
-        """Bytes of the float16 scales."""
-        return rows * self.groups(cols) * _SCALE_BITS // 8
+        """Bytes of the scales."""
+        return rows * self.groups(cols) * (1 if self.scale == "e8m0" else _SCALE_BITS // 8)
+
+    def outlier_count(self, cols: int) -> int:
+        """Outliers in each row of ``cols`` columns, rounded up."""
+        return min(-(-cols * self.outliers // 1000), cols)
+
+    def outlier_bytes(self, rows: int, cols: int) -> int:
+        """Bytes of the outliers: values and columns."""
+        return rows * self.outlier_count(cols) * (2 + (2 if cols <= _NARROW else 4))
 
     def zero_bytes(self, rows: int, cols: int) -> int:
         """Bytes of the packed zero points (0 for symmetric formats)."""
@@ -73,7 +92,8 @@ class Format:
 
     def payload_bytes(self, rows: int, cols: int) -> int:
         """Exact bytes that a (rows, cols) matrix takes on disk and in memory, headers aside."""
-        return self.code_bytes(rows, cols) + self.scale_bytes(rows, cols) + self.zero_bytes(rows, cols)
+        dense = self.code_bytes(rows, cols) + self.scale_bytes(rows, cols) + self.zero_bytes(rows, cols)
+        return dense + self.outlier_bytes(rows, cols)
 
     def bits_per_weight(self, rows: int, cols: int) -> float:
         """Effective bits per weight, scales and zeros counted."""
@@ -85,11 +105,24 @@ def _int_format(bits: int, group_size: int | None, symmetric: bool) -> Format:
     return Format(f"int{bits}-{group}{'-sym' if symmetric else ''}", bits, group_size, symmetric)
 
 
-# Order: symmetric after asymmetric, small groups first, few bits first, pass-through last. Menus follow it.
+def _table_format(name: str, bits: int, group_size: int | None, codebook: str, scale: str = "fp16") -> Format:
+    return Format(name, bits, group_size, True, "codebook", codebook, scale)
+
+
+def _sparse_format(bits: int, share: float) -> Format:
+    return Format(f"int{bits}-g64-o{share:g}", bits, 64, False, "sparse", outliers=round(share * 10))
+
+
+# Order: symmetric after asymmetric, small groups first, few bits first; outliers, tables, pass-through last. Menus follow it.
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         *(_int_format(b, g, sym) for sym in (False, True) for g in GROUP_SIZES for b in INT_BITS),
+        *(_sparse_format(b, share) for share in (0.5, 1) for b in (2, 3, 4)),
+        *(_table_format(f"nf4-g{g}", 4, g, "nf4") for g in (32, 64, 128)),
+        *(_table_format(f"fp4-g{g}", 4, g, "fp4") for g in (16, 32)),
+        _table_format("mxfp4", 4, 32, "fp4", "e8m0"),
+        _table_format("fp8-channel", 8, None, "fp8"),
         Format("bf16", 16, None, True, "float"),
         Format("fp16", 16, None, True, "float"),
     )
@@ -108,7 +141,7 @@ def parse_format(name: str) -> Format:
         raise UserError(
             f"there is no format called {name!r}",
             found=f"nearest: {', '.join(near) or 'none'}",
-            fix="run `bitatlas formats` for the list; the pattern is int{2,3,4,5,6,8}-{g32,g64,g128,channel}[-sym]",
+            fix="run `bitatlas formats` for the list; the pattern is int{2,3,4,5,6,8}-{g32,g64,g128,channel}[-sym]; nf4-g64, fp4-g32, mxfp4, fp8-channel, int3-g64-o1",
         )
     return found
 

@@ -91,7 +91,7 @@ def _format_that_fits(problem: Problem) -> tuple[str, int, bool] | None:
     free = ~np.isin(labels, pinned_labels)
     best: tuple[str, int, bool] | None = None
     for name, fmt in FORMATS.items():
-        if name in problem.formats or fmt.kind == "float":
+        if name in problem.formats or fmt.kind != "int":
             continue
         column = np.array([fmt.payload_bytes(int(r), int(c)) for r, c in shapes], np.int64)[which]  # (U,)
         table = np.column_stack([problem.bytes, column])

@@ -115,7 +115,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (b / "app/targets/sheet.py").write_text(TARGET)
     add_line(
-        b / "app/targets/__init__.py", "    for t in (Bitatlas(), ", f"{lazily('app.targets.sheet', 'Sheet')}(), "
+        b / "app/targets/__init__.py",
+        "    for t in (Bitatlas(), ",
+        f"{lazily('app.targets.sheet', 'Sheet')}(), ",
     )
     (b / "app/screens/extra.py").write_text(SCREEN)
     add_line(

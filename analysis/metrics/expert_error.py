@@ -46,7 +46,7 @@ class ExpertError(Metric):
     PER_FORMAT = True
     EMITS = ("expert_error", "expert_error_joint", "expert_error_shrunk", "expert_error_pmq")
     VERSION = 1
-    SETTINGS = {"shrink_tokens": 64}
+    SETTINGS = {"shrink_tokens": 64, "quantizer": "rtn"}
 
     def plan(self, ctx: MeasureContext) -> list[str]:
         """One step per layer with experts.

@@ -74,7 +74,7 @@ class GptqError(Metric):
         rows = []
         for fmt in ctx.formats:
             nearest = _trace(quantize_dequantize(weight, fmt) - weight, h)
-            if fmt.kind == "int":
+            if fmt.kind != "float":
                 before = gptq.loss or 0.0
                 left = _trace(dequantize(gptq(weight, fmt)) - weight, h)
                 damped = ((gptq.loss or 0.0) - before) * found.count

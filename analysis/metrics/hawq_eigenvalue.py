@@ -54,7 +54,7 @@ class HawqEigenvalue(Metric):
     EMITS = ("hawq_eigenvalue", "hessian_eigenvalue")
     SETTINGS: ClassVar = {
         "eigen_group": "layer", "eigen_tol": 0.01, "eigen_iterations": 30, "eigen_tokens": 256,
-        "hessian_batches": 1, "hessian_spread": 0.0,
+        "hessian_batches": 1, "hessian_spread": 0.0, "quantizer": "rtn",
     }  # fmt: skip
 
     def plan(self, ctx: MeasureContext) -> list[str]:

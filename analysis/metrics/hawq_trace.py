@@ -69,7 +69,7 @@ class HawqTrace(Metric):
     VERSION = 1
     SETTINGS: ClassVar = {
         "trace_tol": 0.1, "min_probes": 8, "max_probes": 32, "trace_tokens": 256, "probe_group": "layer",
-        "control": "none", "control_draws": 16, "hessian_batches": 1, "hessian_spread": 0.0,
+        "control": "none", "control_draws": 16, "hessian_batches": 1, "hessian_spread": 0.0, "quantizer": "rtn",
     }  # fmt: skip
 
     def plan(self, ctx: MeasureContext) -> list[str]:

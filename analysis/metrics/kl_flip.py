@@ -44,7 +44,7 @@ class KlFlip(Metric):
     PER_FORMAT = True
     EMITS = ("kl_flip",)
     VERSION = 2
-    SETTINGS: ClassVar = {"flip_sequences": 16, "flips": 0, "cache_gib": 3.0}
+    SETTINGS: ClassVar = {"flip_sequences": 16, "flips": 0, "cache_gib": 3.0, "quantizer": "rtn"}
 
     def __init__(self) -> None:
         self._state: tuple[MeasureContext, _Originals] | None = None

@@ -27,12 +27,12 @@ __all__ = ["PROBE_SETTINGS", "ProbeMetric", "damage_rows", "ratio_stderr"]
 _STEP_TOKENS = 512  # a few seconds of forward and backward passes on two cores
 
 PROBE_SETTINGS: dict[str, Any] = {
-    "draws": 2, "score": "signs", "group_layers": 0, "gradient_bytes": 0, "dtype": "",
+    "draws": 2, "quantizer": "rtn", "score": "signs", "group_layers": 0, "gradient_bytes": 0, "dtype": "",
     "tokens": "all", "answer_marker": "", "answer_end": "", "least_weight": 1.0, "most_weight": 3.0,
 }  # fmt: skip
 """Common settings.
 
-draws: backward passes per sequence. score: see `analysis.fisher.probes`.
+draws: backward passes per sequence. quantizer: how the codes are chosen whose damage is measured. score: see `analysis.fisher.probes`.
 group_layers: layers whose gradients exist together; 0 = as many as fit into gradient_bytes, which is half of the
     machine's memory beside the model when 0. The numbers do not depend on it.
 dtype: ``bfloat16`` runs the model in it; errors and products stay float32. "" = the context's (float32).

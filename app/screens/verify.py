@@ -37,6 +37,7 @@ def page() -> None:
         _charts(view)
         _table(view)
     _start(study)
+    _answers(study)
 
 
 def _kl_metrics() -> frozenset[str]:
@@ -145,3 +146,45 @@ def _start(study: Study) -> None:
                 calibration=calibration or None,
             )  # fmt: skip
         )
+
+
+def _answers(study: Study) -> None:
+    """Original and packed model on the same prompts, as a job: pages load no models."""
+    with st.container(border=True):
+        st.markdown("##### Side by side: the original and a packed folder")
+        folder = st.text_input(
+            "Packed folder", key="answers_folder", placeholder="what `bitatlas pack` wrote", width=420
+        )
+        prompts = st.text_area("Prompts, one a line", key="answers_prompts", height=100)
+
+        def submit() -> None:
+            try:
+                st.session_state["answers_job"] = tasks.submit_answers(
+                    study.index.path, tasks.confine(folder), prompts.splitlines()
+                )
+            except UserError as error:
+                st.session_state["answers_error"] = error
+
+        st.button(
+            "Ask both", icon=":material/forum:", on_click=submit, key="start_answers", disabled=not folder
+        )
+        error = st.session_state.pop("answers_error", None)
+        if error is not None:
+            error_box(error)
+        asked = [p for p in prompts.splitlines() if p.strip()]
+        cli_twin(command("answers", study.index.path, folder or "DIR", prompt=asked or ["..."]))
+        if "answers_job" in st.session_state:
+            _show_answers(str(st.session_state["answers_job"]))
+
+
+@st.fragment(run_every=2.0)
+def _show_answers(job: str) -> None:
+    """The job's progress, then both answers to every prompt."""
+    status = tasks.jobs_show(job)
+    if status["state"] != "done":
+        st.caption(f"{status['state']}: {status['done']} of {status['total']} answers")
+        return
+    view = views.build_answers(status["result"])
+    st.markdown(f"**{view.title}**")
+    st.caption(view.detail)
+    st.dataframe(pd.DataFrame(view.rows), hide_index=True)

@@ -28,6 +28,8 @@ class AutoRound(Target):
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """Linears only; the head too, not the embedding; whole groups and words of 32 columns."""
+        if self.ours(fmt):
+            return Finding(REJECTED, f"{self.NAME} has no {fmt.name}", (unit.key,))
         if fmt.kind == "float":
             return None
         if unit.role == "embed":

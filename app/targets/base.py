@@ -109,6 +109,11 @@ class Target(ABC):
         """The formats it loads."""
         return [name for name, fmt in FORMATS.items() if self.loads(fmt)]
 
+    @staticmethod
+    def ours(fmt: Format) -> bool:
+        """Formats that no engine's file here holds: tables (NF4, FP4, MXFP4, FP8) and outliers."""
+        return fmt.kind not in ("int", "float")
+
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """Why this unit may not have this format; None when it may."""
         if self.loads(fmt):

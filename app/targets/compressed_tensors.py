@@ -44,10 +44,14 @@ class CompressedTensors(Target):
 
     def loads(self, fmt: Format) -> bool:
         """Symmetric at every width."""
-        return fmt.kind == "float" or fmt.symmetric or fmt.bits in self.ASYMMETRIC_BITS
+        return fmt.kind == "float" or (
+            fmt.kind == "int" and (fmt.symmetric or fmt.bits in self.ASYMMETRIC_BITS)
+        )
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """Only nn.Linear, whole groups, symmetric experts."""
+        if self.ours(fmt):
+            return Finding(REJECTED, f"{self.NAME} has no {fmt.name}", (unit.key,))
         if fmt.kind == "float":
             return None
         if unit.role in ("embed", "head"):

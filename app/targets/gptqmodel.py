@@ -35,10 +35,12 @@ class GptqModel(Target):
 
     def loads(self, fmt: Format) -> bool:
         """The classic widths 2, 3, 4 and 8; zero points are always written."""
-        return fmt.kind == "float" or fmt.bits in _BITS
+        return fmt.kind == "float" or (fmt.kind == "int" and fmt.bits in _BITS)
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """Layers of the blocks only, whole groups, dimensions in words of 32."""
+        if self.ours(fmt):
+            return Finding(REJECTED, f"{self.NAME} has no {fmt.name}", (unit.key,))
         if fmt.kind == "float":
             return None
         if unit.role in ("embed", "head"):

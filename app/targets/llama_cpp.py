@@ -52,10 +52,12 @@ class LlamaCpp(Target):
 
     def loads(self, fmt: Format) -> bool:
         """Every format has a ggml type of the same bits."""
-        return True
+        return not self.ours(fmt)
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """Only what the GGUF of this architecture has no tensor for."""
+        if self.ours(fmt):
+            return Finding(REJECTED, f"{self.NAME} has no {fmt.name}", (unit.key,))
         if index.model_type not in ARCHITECTURES:
             return Finding(REJECTED, f"llama.cpp does not know {index.model_type}", (unit.key,))
         if not gguf_name(unit):

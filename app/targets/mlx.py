@@ -55,10 +55,12 @@ class Mlx(Target):
 
     def loads(self, fmt: Format) -> bool:
         """2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 or 128."""
-        return fmt.kind == "float" or fmt.group_size in _GROUPS
+        return fmt.kind == "float" or (fmt.kind == "int" and fmt.group_size in _GROUPS)
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """Whole groups; families whose names are known."""
+        if self.ours(fmt):
+            return Finding(REJECTED, f"{self.NAME} has no {fmt.name}", (unit.key,))
         if index.model_type not in _KNOWN:
             return Finding(
                 REJECTED, f"the module names of {index.model_type} in mlx-lm are not known", (unit.key,)

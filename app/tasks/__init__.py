@@ -7,6 +7,7 @@ allocation = tasks.solve("demo", metric="fisher", bits=3.5)
 
 from bitatlas.app.tasks.agreeing import agree
 from bitatlas.app.tasks.benching import bench_kernels
+from bitatlas.app.tasks.chatting import chat
 from bitatlas.app.tasks.demo import demo, demo_path
 from bitatlas.app.tasks.jobs import jobs_cancel, jobs_list, jobs_logs, jobs_resume, jobs_show, rebuild
 from bitatlas.app.tasks.listing import formats, metrics, quantizers, solvers, targets
@@ -30,13 +31,15 @@ from bitatlas.app.tasks.solving import (
     solve,
 )
 from bitatlas.app.tasks.truth import submit_random_allocations, truth
-from bitatlas.app.tasks.verifying import submit_verify, verify
+from bitatlas.app.tasks.verifying import answers, submit_answers, submit_verify, verify
 
 __all__ = [
+    "answers",
     "agree",
     "applicable_metrics",
     "bench_kernels",
     "build_problem",
+    "chat",
     "check",
     "confine",
     "demo",
@@ -68,6 +71,7 @@ __all__ = [
     "search_candidates",
     "solve",
     "solvers",
+    "submit_answers",
     "submit_measure",
     "submit_pack",
     "submit_random_allocations",

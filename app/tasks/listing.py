@@ -23,7 +23,7 @@ def metrics() -> list[dict[str, Any]]:
 def formats() -> list[dict[str, Any]]:
     """Every format, with the effective bits of a 4096 x 4096 matrix."""
     return [
-        {"name": f.name, "bits": f.bits, "group": f.group_size or ("channel" if f.kind == "int" else "-"),
+        {"name": f.name, "bits": f.bits, "group": f.group_size or ("-" if f.kind == "float" else "channel"),
          "symmetric": f.symmetric, "bits_per_weight": f.bits_per_weight(4096, 4096)}
         for f in FORMATS.values()
     ]  # fmt: skip

@@ -180,6 +180,10 @@ def measure_params(
             f"no metric here has an option {', '.join(unknown)}",
             found=f"options: {', '.join(sorted(known)) or 'none'}",
         )
+    if "quantizer" in (settings or {}):
+        from bitatlas.kernels.quantizers import get_quantizer
+
+        get_quantizer(str((settings or {})["quantizer"]))
     return {
         "model": index.path,
         "digest": index.digest,

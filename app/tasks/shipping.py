@@ -43,8 +43,8 @@ def submit_pack(
         UserError: allocation of another model, an output folder that holds something else, an unknown quantizer,
             no calibration text where one is needed.
     """
-    from bitatlas.app.tasks.measuring import calibration_file
-    from bitatlas.app.work.pack import check_output, check_quantizer, needs_inputs
+    from bitatlas.app.tasks.verifying import quantizer_params
+    from bitatlas.app.work.pack import check_output, check_quantizer
 
     index = register(model)
     plan = allocation if isinstance(allocation, Allocation) else read_allocation(allocation)
@@ -56,14 +56,9 @@ def submit_pack(
         "model": index.path, "digest": index.digest, "allocation": Store(Home.default()).put_allocation(plan),
         "output": str(out), "quantizer": quantizer,
     }  # fmt: skip
-    if needs_inputs(quantizer):
-        text = calibration_file(index.path, calibration)
-        if text is None:
-            raise UserError(f"{quantizer} needs a calibration text", found="none was named",
-                            fix="--calibration FILE (text or JSONL)")  # fmt: skip
-        if min(tokens, seq_len) < 2:
-            raise UserError("tokens and sequence length must be at least 2", found=f"{tokens}, {seq_len}")
-        params |= {"calibration": str(text), "tokens": tokens, "seq_len": seq_len, "seed": seed}
+    text = quantizer_params(index, quantizer, calibration, tokens, seq_len)
+    if "calibration" in text:
+        params |= {"calibration": text["calibration"], "tokens": tokens, "seq_len": seq_len, "seed": seed}
     return submit("pack", params, f"pack {index.name} at {plan.bits_per_weight:.2f} bits")
 
 

@@ -15,7 +15,7 @@ from bitatlas.cache.keys import digest
 from bitatlas.cache.paths import Home
 from bitatlas.cache.store import Store
 
-__all__ = ["quantizer_params", "submit_verify", "verify"]
+__all__ = ["answers", "quantizer_params", "submit_answers", "submit_verify", "verify"]
 
 Named = str | Path | Allocation
 
@@ -89,9 +89,12 @@ def quantizer_params(
     from bitatlas.kernels.quantizers import get_quantizer
 
     params: dict[str, Any] = {"quantizer": quantizer}
-    if not get_quantizer(quantizer).NEEDS_INPUTS:
+    kind = get_quantizer(quantizer)
+    if not (kind.NEEDS_INPUTS or kind.TAKES_INPUTS):
         return params
     text = calibration_file(index.path, calibration)
+    if text is None and not kind.NEEDS_INPUTS:
+        return params
     if text is None:
         raise UserError(f"{quantizer} needs a calibration text", found="none was named",
                         fix="--calibration FILE (text or JSONL)")  # fmt: skip
@@ -143,4 +146,40 @@ def verify(
         calibration=calibration, calibration_tokens=calibration_tokens, calibration_seq_len=calibration_seq_len,
     )  # fmt: skip
     status = submit_and_wait(job, wait, on_progress)
+    return status.result if wait and status.result else status_dict(status)
+
+
+def submit_answers(
+    model: str | Path, packed: str | Path, prompts: Iterable[str], *, max_new_tokens: int = 96
+) -> str:  # fmt: skip
+    """Start (or join) the side-by-side answers of a model and of what was packed from it; returns the job's id.
+
+    Raises:
+        UserError: no prompts, or a folder that was packed from another model.
+    """
+    index = register(model)
+    asked = [p.strip() for p in prompts if p.strip()]
+    if not asked:
+        raise UserError("no prompt was given", fix="one prompt a line")
+    if not 1 <= max_new_tokens <= 4096:
+        raise UserError("the number of new tokens must be between 1 and 4096", found=str(max_new_tokens))
+    about = _packed(Path(packed).expanduser().resolve(), index, Store(Home.default()))
+    params = {"model": index.path, "digest": index.digest, "packed": about["folder"], "sha": about["sha"],
+              "prompts": asked, "max_new_tokens": max_new_tokens}  # fmt: skip
+    return submit("answers", params, f"answers of {index.name} and {Path(about['folder']).name}")
+
+
+def answers(
+    model: str | Path,
+    packed: str | Path,
+    prompts: Iterable[str],
+    *,
+    max_new_tokens: int = 96,
+    wait: bool = True,
+    on_progress: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
+    """Both models' greedy answers, prompt by prompt, with changed refusals and the tail of KL where it was verified."""
+    status = submit_and_wait(
+        submit_answers(model, packed, prompts, max_new_tokens=max_new_tokens), wait, on_progress
+    )
     return status.result if wait and status.result else status_dict(status)

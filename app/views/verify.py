@@ -9,7 +9,7 @@ from typing import Any
 
 from bitatlas.cache.plans import PlanInfo
 
-__all__ = ["VerifiedRow", "VerifyView", "build_verify"]
+__all__ = ["AnswersView", "VerifiedRow", "VerifyView", "build_answers", "build_verify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,41 @@ class VerifyView:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, for the download."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswersView:
+    """Original and packed model side by side. ``rows``: prompt, original, packed, and what changed, in words."""
+
+    title: str
+    detail: str
+    rows: tuple[dict[str, str], ...]
+
+
+def build_answers(result: Mapping[str, Any]) -> AnswersView:
+    """From the result of an ``answers`` job; changed refusals first, then other differences."""
+    rows = []
+    for r in result["answers"]:
+        change = "same"
+        if r["original_refuses"] != r["packed_refuses"]:
+            change = "refuses now" if r["packed_refuses"] else "no longer refuses"
+        elif not r["same"]:
+            change = "differs"
+        rows.append({"change": change, **{k: str(r[k]) for k in ("prompt", "original", "packed")}})
+    order = {"no longer refuses": 0, "refuses now": 1, "differs": 2, "same": 3}
+    rows.sort(key=lambda r: order[r["change"]])
+    differ = sum(r["change"] != "same" for r in rows)
+    tail = result.get("tail") or []
+    words = "verify the folder to see the tail of its KL"
+    if tail:
+        words = (
+            f"on held-out text one token in a hundred moves by {tail[0]['kl_p99']:.3g} nats or more (mean "
+            f"{tail[0]['kl_mean']:.3g}), and {tail[0]['flips']:.1%} of the most likely tokens change"
+        )
+    title = f"{differ} of {len(rows)} answers differ; {result['changed_refusals']} refusals changed"
+    return AnswersView(
+        title, f"Greedy answers; {words}. Refusals are found by their first words, in English.", tuple(rows)
+    )
 
 
 def build_verify(

@@ -13,4 +13,5 @@ WORKS: dict[str, str] = {
     "search": "bitatlas.app.work.search:SearchWork",
     "verify": "bitatlas.app.work.verify:VerifyWork",
     "pack": "bitatlas.app.work.pack_job:PackWork",
+    "answers": "bitatlas.app.work.answers:AnswersWork",
 }

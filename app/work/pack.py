@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bitatlas.analysis.quantising import UnitQuantizer
     from bitatlas.kernels.packed.manifest import PackedUnit
 
-__all__ = ["LOSSES", "SHARD_BYTES", "Packer", "check_output", "check_quantizer", "needs_inputs", "pack_model"]
+__all__ = ["LOSSES", "SHARD_BYTES", "Packer", "check_output", "check_quantizer", "pack_model"]
 
 LOSSES = "layer_loss.json"
 _SCALES = "scales"
@@ -43,13 +43,6 @@ def check_quantizer(name: str) -> None:
     get_quantizer(name)
 
 
-def needs_inputs(quantizer: str) -> bool:
-    """Whether a quantiser runs calibration text through the model."""
-    from bitatlas.kernels.quantizers import get_quantizer
-
-    return get_quantizer(quantizer).NEEDS_INPUTS
-
-
 class Packer:
     """Writes ``allocation`` of the checkpoint ``index`` into ``out``, resumable.
 
@@ -60,7 +53,7 @@ class Packer:
         quantizer: name in `kernels.quantizers.QUANTIZERS`.
         shard_bytes: largest shard.
         source: where the weights are read from: the imported safetensors folder of a GGUF file; None = ``index``.
-        calibration: tokens for quantisers that need the units' inputs.
+        calibration: tokens for quantisers that need or take the units' inputs.
 
     Raises:
         UserError: an allocation for another model, a folder that is in use, an unknown quantiser, too small a disk.
@@ -88,6 +81,8 @@ class Packer:
         if self._quantizer.NEEDS_INPUTS and calibration is None:
             raise UserError(f"{quantizer} needs a calibration text", found="none was named",
                             fix="--calibration FILE (text or JSONL), or --quantizer mse")  # fmt: skip
+        kind = self._quantizer
+        self._with_inputs = calibration is not None and (kind.NEEDS_INPUTS or kind.TAKES_INPUTS)
         self._units: dict[str, QuantUnit] = {u.key: u for u in self.index.units}
         units = [
             PackedUnit(u.key, u.tensor, u.rows, u.cols, allocation.formats[u.key], u.expert, u.part,
@@ -110,11 +105,7 @@ class Packer:
                 "architecture": index.architecture,
                 "model_type": index.model_type,
                 "digest": index.digest,
-                **(
-                    {"calibration": calibration.digest}
-                    if calibration and self._quantizer.NEEDS_INPUTS
-                    else {}
-                ),
+                **({"calibration": calibration.digest} if calibration and self._with_inputs else {}),
             },
         )
 
@@ -201,7 +192,7 @@ class Packer:
         """For the units of one shard."""
         from bitatlas.analysis.quantising import UnitQuantizer
 
-        if not self._quantizer.NEEDS_INPUTS:
+        if not self._with_inputs:
             return UnitQuantizer(self.manifest.quantizer)
         units = [
             self._units[u.key] for u in self.manifest.units if u.shard == number and u.fmt.kind != "float"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from bitatlas.kernels.codebooks import entries, scale_values
 from bitatlas.kernels.formats import Format
 from bitatlas.kernels.packing import (
     gather_stream,
@@ -42,11 +43,31 @@ def packed_tensors(fmt: Format, rows: int, cols: int) -> dict[str, tuple[torch.d
     groups = fmt.groups(cols)
     out: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "codes": (torch.int32, (rows, packed_words(cols, fmt.bits))),
-        "scales": (torch.float16, (rows, groups)),
+        "scales": (torch.uint8 if fmt.scale == "e8m0" else torch.float16, (rows, groups)),
     }
     if not fmt.symmetric:
         out["zeros"] = (torch.int32, (packed_words(rows * groups, fmt.bits),))
+    if fmt.kind == "sparse":
+        count = fmt.outlier_count(cols)
+        out["outlier_columns"] = (_column_type(cols), (rows, count))
+        out["outlier_values"] = (torch.float16, (rows, count))
     return out
+
+
+def _column_type(cols: int) -> torch.dtype:
+    """Of the outliers' columns; the 16 bits are unsigned."""
+    return torch.int16 if cols <= 1 << 16 else torch.int32
+
+
+def _outliers(q: Quantized) -> dict[str, Tensor]:
+    if q.columns is None or q.values is None:
+        return {}
+    cols = q.codes.shape[1]
+    # 40 000 is stored as the bit pattern of 40 000 - 65 536.
+    columns = (
+        torch.where(q.columns >= 1 << 15, q.columns - (1 << 16), q.columns) if cols <= 1 << 16 else q.columns
+    )
+    return {"outlier_columns": columns.to(_column_type(cols)), "outlier_values": q.values}
 
 
 def pack_quantized(q: Quantized) -> dict[str, Tensor]:
@@ -54,7 +75,7 @@ def pack_quantized(q: Quantized) -> dict[str, Tensor]:
     out = {"codes": pack_codes(q.codes, q.format.bits), "scales": q.scales.contiguous()}
     if q.zeros is not None:
         out["zeros"] = pack_stream(q.zeros, q.format.bits)
-    return out
+    return out | _outliers(q)
 
 
 def pack_weight(
@@ -92,6 +113,8 @@ def pack_blocks(
         for q in _quantised_blocks(block, fmt, quantize):
             here = slice(at, at + len(q.codes))
             out["codes"][here], out["scales"][here] = pack_codes(q.codes, fmt.bits), q.scales
+            for name, part in _outliers(q).items():
+                out[name][here] = part
             at = here.stop
             if q.zeros is not None:
                 zeros.append(q.zeros)
@@ -133,6 +156,8 @@ class PackedMatrix(nn.Module):
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    outlier_columns: Tensor
+    outlier_values: Tensor
     weight: Tensor
 
     def __init__(
@@ -172,7 +197,7 @@ class PackedMatrix(nn.Module):
             first = start * groups * bits // 32
             words = self.zeros[first : first + packed_words(n * groups, bits)]
             zeros = unpack_stream(words, bits, n * groups).view(n, groups)
-        return self._expand(self.codes[start:stop], self.scales[start:stop], zeros, dtype)
+        return self._expand(self.codes[start:stop], slice(start, stop), zeros, dtype)
 
     def take_rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows ``ids`` (n,) as (n, cols); only these are unpacked."""
@@ -183,7 +208,7 @@ class PackedMatrix(nn.Module):
             groups = self.format.groups(self.cols)
             index = ids.unsqueeze(1) * groups + torch.arange(groups, device=ids.device)
             zeros = gather_stream(self.zeros, self.format.bits, index)
-        return self._expand(self.codes[ids], self.scales[ids], zeros, dtype)
+        return self._expand(self.codes[ids], ids, zeros, dtype)
 
     def blocks(self, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
         """The whole matrix as consecutive (n, cols) row blocks, each small enough to stay in cache."""
@@ -191,11 +216,17 @@ class PackedMatrix(nn.Module):
         for start in range(0, self.rows, step):
             yield self.dequantize(start, start + step, dtype)
 
-    def _expand(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _expand(
+        self, codes: Tensor, rows: slice | Tensor, zeros: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         # The same arithmetic as reference.dequantize, in place and with one multiply per weight.
         n, group = codes.shape[0], self.format.group_size or self.cols
-        w = unpack_codes(codes, self.format.bits, self.cols).to(torch.float32)  # (n, cols)
-        s = scales.view(torch.float16).to(torch.float32)  # (n, groups)
+        unpacked, scales = unpack_codes(codes, self.format.bits, self.cols), self.scales[rows]
+        s = scale_values(scales if scales.dtype == torch.uint8 else scales.view(torch.float16))  # (n, groups)
+        if self.format.kind == "codebook":
+            w = entries(self.format.codebook).to(s.device)[unpacked.long()]
+            return w.mul_(s.repeat_interleave(group, 1)[:, : self.cols]).to(dtype)
+        w = unpacked.to(torch.float32)  # (n, cols)
         middle = float(1 << (self.format.bits - 1))
         z = s.new_full((), middle) if zeros is None else zeros.to(torch.float32)
         whole = self.cols // group  # groups of full width
@@ -204,4 +235,9 @@ class PackedMatrix(nn.Module):
             body.sub_(z if zeros is None else z[:, :whole, None]).mul_(s[:, :whole, None])
         if self.cols % group:
             w[:, whole * group :].sub_(z if zeros is None else z[:, whole:]).mul_(s[:, whole:])
-        return w.view(n, self.cols).to(dtype)
+        w = w.view(n, self.cols)
+        if self.format.kind == "sparse":
+            columns = self.outlier_columns[rows].to(torch.int64)
+            columns = columns & 0xFFFF if self.cols <= 1 << 16 else columns
+            w.scatter_(1, columns, self.outlier_values[rows].view(torch.float16).to(torch.float32))
+        return w.to(dtype)

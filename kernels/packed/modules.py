@@ -115,6 +115,11 @@ class ExpertStack(nn.Module):
         self.interleaved = interleaved
         self._tables: tuple[int, list[ExpertTable]] | None = None
 
+    @property
+    def kinds(self) -> set[str]:
+        """Kinds of the formats in the stack."""
+        return {m.format.kind for m in self.modules() if isinstance(m, PackedMatrix)}
+
     def forward(self, expert: int, x: Tensor) -> Tensor:
         """(n, cols) through expert ``expert`` -> (n, rows), gate and up joined as the model expects them."""
         matrices: nn.ModuleList = self.experts[expert]  # type: ignore[assignment]
@@ -158,10 +163,12 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.shell, self.up, self.down = shell, up, down
         self.num_experts = len(up.experts)
+        # The grouped kernel reads integer codes and 16-bit weights.
+        self._groupable = up.kinds | down.kinds <= {"int", "float"}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Tokens (T, hidden), chosen experts (T, k), routing weights (T, k) -> (T, hidden)."""
-        if _on_gpu(hidden_states):
+        if self._groupable and _on_gpu(hidden_states):
             return self._grouped(hidden_states, top_k_index, top_k_weights)
         out = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():

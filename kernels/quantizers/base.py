@@ -44,6 +44,7 @@ class Quantizer(ABC):
     TITLE: ClassVar[str]
     SOURCE: ClassVar[str]
     NEEDS_INPUTS: ClassVar[bool] = False  # calibration text has to be run through the model
+    TAKES_INPUTS: ClassVar[bool] = False  # calibration text is used where there is one
     FOLDS: ClassVar[bool] = False  # scales are folded into the layers before, see `analysis.folding`
 
     def __init__(self, inputs: InputStats | None = None) -> None:
@@ -51,6 +52,11 @@ class Quantizer(ABC):
         self.loss: float | None = (
             None  # the layer's output error per token so far, where the quantiser knows it
         )
+
+    @property
+    def importance(self) -> Tensor | None:
+        """(cols,) mean square of each input, None where nothing is known."""
+        return self.inputs.mean_square if self.inputs is not None and self.inputs.tokens else None
 
     @abstractmethod
     def __call__(self, weight: Tensor, fmt: Format) -> Quantized:

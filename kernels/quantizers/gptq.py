@@ -10,13 +10,15 @@ mean diagonal to 100 % of it; one that saw none is rounded to nearest on the sea
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from bitatlas.kernels.formats import Format
 from bitatlas.kernels.quantizers.base import InputStats, Quantizer
-from bitatlas.kernels.quantizers.grid import Grid, finished, round_to, search_grid
-from bitatlas.kernels.reference import Quantized
+from bitatlas.kernels.quantizers.grid import Grid, codes_of, finished, round_to, search_grid, values_of
+from bitatlas.kernels.reference import Quantized, half, outlier_columns, with_outliers
 
 __all__ = ["Gptq"]
 
@@ -42,11 +44,14 @@ class Gptq(Quantizer):
     def __call__(self, weight: Tensor, fmt: Format) -> Quantized:
         """Codes with the error compensated."""
         if self._factor is None:
-            return round_to(weight, search_grid(weight, fmt))
-        grid = search_grid(weight, fmt, self._mean_square)
-        codes, loss = _compensate(weight.to(torch.float32), grid, self._order, self._factor)
+            return with_outliers(weight, fmt, lambda w: round_to(w, search_grid(w, fmt)))
+        w, columns = weight.to(torch.float32), None
+        if fmt.kind == "sparse":
+            columns = outlier_columns(w, fmt, self._mean_square)
+        grid = search_grid(w if columns is None else w.scatter(1, columns, 0.0), fmt, self._mean_square)
+        codes, values, loss = _compensate(w, grid, self._order, self._factor, columns)
         self.loss = (self.loss or 0.0) + loss
-        return finished(codes, grid)
+        return replace(finished(codes, grid), columns=columns, values=values)
 
 
 def _prepare(inputs: InputStats) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,9 +70,18 @@ def _prepare(inputs: InputStats) -> tuple[Tensor, Tensor, Tensor]:
     return order, torch.linalg.cholesky(inverse, upper=True).float(), mean_square.float()
 
 
-def _compensate(weight: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> tuple[Tensor, float]:
-    """Codes (rows, cols) in the original order of the columns, and sum of err²."""
-    cols = weight.shape[1]
+def _compensate(
+    weight: Tensor, grid: Grid, order: Tensor, factor: Tensor, columns: Tensor | None
+) -> tuple[Tensor, Tensor | None, float]:
+    """Codes (rows, cols) in the original order of the columns, values of the outliers, and sum of err².
+
+    An outlier is stored as it is when its turn comes, what was spread onto it included.
+    """
+    cols, fmt = weight.shape[1], grid.format
+    spared = None
+    if columns is not None:
+        spared = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, columns, True)[:, order]
+    stored = None if spared is None else torch.zeros_like(weight, dtype=torch.float16)
     scales, zeros = grid.columns(0, cols)
     w, scales, zeros = weight[:, order], scales[:, order], zeros[:, order]
     codes = torch.empty_like(w)
@@ -77,13 +91,26 @@ def _compensate(weight: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> tu
         errors = torch.empty(w.shape[0], stop - start, device=w.device)
         for i in range(start, stop):
             s, z = scales[:, i], zeros[:, i]
-            q = ((w[:, i] / s).round() + z).clamp(0, grid.format.qmax)
+            now = w[:, i]
+            q = codes_of(now, s, z, fmt)
+            value = values_of(q, s, z, fmt)
+            if spared is not None and stored is not None:
+                stored[:, i] = half(now)
+                q, value = (
+                    torch.where(spared[:, i], z, q),
+                    torch.where(spared[:, i], stored[:, i].float(), value),
+                )
             codes[:, i] = q
-            err = (w[:, i] - (q - z) * s) / factor[i, i]
+            err = (now - value) / factor[i, i]
             w[:, i:stop].addr_(err, factor[i, i:stop], alpha=-1)
             errors[:, i - start] = err
         w[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
         loss += errors.square().sum().item()
     back = torch.empty_like(codes)
     back[:, order] = codes
-    return back, loss
+    values = None
+    if stored is not None and columns is not None:
+        unsorted = torch.empty_like(stored)
+        unsorted[:, order] = stored
+        values = unsorted.gather(1, columns)
+    return back, values, loss

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitatlas.kernels.codebooks import entries, nearest, scale_of, scale_values
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import Format
 from bitatlas.kernels.reference import Quantized
 
-__all__ = ["Grid", "finished", "minmax_grid", "round_to", "search_grid"]
+__all__ = ["Grid", "codes_of", "finished", "minmax_grid", "round_to", "search_grid", "values_of"]
 
 _MIN_SCALE, _MAX_SCALE = 2.0**-24, 65504.0  # float16
-_STEPS = 40
+_STEPS = 20
 _LEAST = 0.4  # the smallest range tried, as a share of the largest
 _BLOCK_WEIGHTS = (
     1 << 18
@@ -28,7 +29,7 @@ _BLOCK_WEIGHTS = (
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Scales (rows, groups) float16 and zeros (rows, groups) float32 holding integers."""
+    """Scales (rows, groups) as stored and zeros (rows, groups) float32 holding integers (0 for tables)."""
 
     scales: Tensor
     zeros: Tensor
@@ -39,7 +40,21 @@ class Grid:
         group = self.format.group_size
         index = torch.arange(start, stop, device=self.scales.device)
         index = torch.zeros_like(index) if group is None else index // group
-        return self.scales.float()[:, index], self.zeros[:, index]
+        return scale_values(self.scales)[:, index], self.zeros[:, index]
+
+
+def codes_of(w: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> Tensor:
+    """Nearest codes, as float32 integers; the arguments broadcast."""
+    if fmt.kind == "codebook":
+        return nearest(w / scale, fmt.codebook).to(torch.float32)
+    return ((w / scale).round_() + zero).clamp_(0, fmt.qmax)
+
+
+def values_of(codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> Tensor:
+    """What float32 codes stand for."""
+    if fmt.kind == "codebook":
+        return entries(fmt.codebook).to(codes.device)[codes.long()] * scale
+    return (codes - zero) * scale
 
 
 def _groups(weight: Tensor, fmt: Format) -> Tensor:
@@ -52,7 +67,9 @@ def _groups(weight: Tensor, fmt: Format) -> Tensor:
 
 
 def _grid(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """Scales (float16) and zeros of ranges that include 0."""
+    """Stored scales and zeros of ranges that include 0."""
+    if fmt.kind == "codebook":
+        return scale_of(torch.maximum(-low, high), fmt), torch.zeros_like(low)
     if fmt.symmetric:
         scale = torch.maximum(-low, high) / (fmt.qmax / 2)
         scales = scale.clamp(_MIN_SCALE, _MAX_SCALE).half()
@@ -62,7 +79,7 @@ def _grid(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 
 
 def _checked(weight: Tensor, fmt: Format) -> Tensor:
-    if fmt.kind != "int":
+    if fmt.kind == "float":
         raise UserError(f"{fmt.name} stores weights as they are; there is nothing to quantise")
     w = weight.detach().to(torch.float32)
     if not torch.isfinite(w).all():
@@ -108,8 +125,9 @@ def _searched(g: Tensor, fmt: Format, d: Tensor) -> tuple[Tensor, Tensor]:
     for step in range(_STEPS):
         share = 1 - (1 - _LEAST) * step / _STEPS
         scales, zeros = _grid(low * share, high * share, fmt)
-        s, z = scales.float().unsqueeze(-1), zeros.unsqueeze(-1)
-        error = ((((g / s).round() + z).clamp(0, fmt.qmax) - z) * s).sub_(g).square_().mul_(d).sum(-1)
+        s, z = scale_values(scales).unsqueeze(-1), zeros.unsqueeze(-1)
+        rounded = values_of(codes_of(g, s, z, fmt), s, z, fmt)
+        error = rounded.sub_(g).square_().mul_(d).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         best_scales = torch.where(better, scales, best_scales)
@@ -120,8 +138,7 @@ def _searched(g: Tensor, fmt: Format, d: Tensor) -> tuple[Tensor, Tensor]:
 def round_to(weight: Tensor, grid: Grid) -> Quantized:
     """Nearest codes on a grid."""
     s, z = grid.columns(0, weight.shape[1])
-    codes = ((weight.to(torch.float32) / s).round() + z).clamp(0, grid.format.qmax)
-    return finished(codes, grid)
+    return finished(codes_of(weight.to(torch.float32), s, z, grid.format), grid)
 
 
 def finished(codes: Tensor, grid: Grid) -> Quantized:

@@ -1,0 +1,127 @@
+"""Chat and side-by-side answers, on a packed folder and on its original."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bitatlas.analysis.model_index import index_model
+from bitatlas.analysis.schema import Allocation
+from bitatlas.app import tasks
+from bitatlas.app.cli_io import spoken_lines
+from bitatlas.app.jobs.work import load_work
+from bitatlas.app.talker import Talker
+from bitatlas.app.tasks import verifying
+from bitatlas.app.views.verify import build_answers
+from bitatlas.app.work.answers import refuses
+from bitatlas.app.work.pack import pack_model
+from bitatlas.cache.paths import Home
+from bitatlas.kernels.errors import UserError
+from bitatlas.kernels.formats import parse_format
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import shutil
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(tiny_checkpoint("llama"), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(model: Path) -> Path:
+    index = index_model(model)
+    chosen = dict.fromkeys(index.unit_keys(), "nf4-g32")
+    payload = sum(parse_format("nf4-g32").payload_bytes(u.rows, u.cols) for u in index.units)
+    plan = Allocation(index.digest, index.name, chosen, payload, index.kept_bytes, payload * 8 / index.params)
+    out = model.parent / "packed"
+    pack_model(index, plan, out)
+    return out
+
+
+def test_a_conversation_from_a_pipe(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[dict[str, str]]] = []
+    answer = Talker.answer
+    monkeypatch.setattr(Talker, "answer", lambda self, m, n: seen.append([*m]) or answer(self, m, n))
+    told: list[str] = []
+    pipe = io.StringIO("hello\n\n  /reset\nwho are you?\nand now?\n/quit\nnever\n")
+    said = tasks.chat(packed, spoken_lines(pipe), system="be brief", max_new_tokens=3, say=told.append)
+    assert [m["role"] for m in said] == ["system", "user", "assistant", "user", "assistant"]
+    assert [len(m) for m in seen] == [2, 2, 4]
+    assert [m["content"] for m in said if m["role"] == "assistant"] == told[1:]
+    assert said[1]["content"] == "who are you?"
+
+
+def test_the_template_is_used_and_the_answer_is_generates_own(model: Path, packed: Path) -> None:
+    import torch
+
+    talker = Talker.packed(packed)
+    said = talker.answer([{"role": "user", "content": "hi"}], 5)
+    ids = talker.tokenizer("<user>hi\n<assistant>", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        for _ in range(5):
+            best = talker.model(ids).logits[0, -1].argmax()
+            if int(best) == talker.tokenizer.eos_token_id:
+                break
+            ids = torch.cat([ids, best.view(1, 1)], 1)
+    whole = talker.tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert said == whole.removeprefix("<user>hi\n<assistant>").strip()
+    with pytest.raises(UserError, match="between 1 and 4096"):
+        tasks.chat(packed, ["hi"], max_new_tokens=0)
+    with pytest.raises(UserError):
+        tasks.chat(model.parent / "nothing", ["hi"])
+
+
+def test_answers_side_by_side(
+    model: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path))
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(verifying, "submit", lambda kind, params, title: asked.append(params) or "job")
+    tasks.submit_answers(model, packed, ["To be", " ", "or not"], max_new_tokens=4)
+    home = Home(tmp_path)
+    plan = load_work("answers", asked[0], home).plan()
+    assert len(plan) == 4
+    for key in plan:  # a new process for each: nothing is lost
+        load_work("answers", asked[0], home).run(key)
+    result = load_work("answers", asked[0], home).finish()
+    rows = result["answers"]
+    for row, prompt in zip(rows, ("To be", "or not"), strict=True):
+        turn = [{"role": "user", "content": prompt}]
+        assert row["original"] == Talker.original(index_model(model)).answer(turn, 4)
+        assert row["packed"] == Talker.packed(packed).answer(turn, 4)
+        assert row["same"] == (row["original"] == row["packed"])
+    view = build_answers(result)
+    assert view.title.startswith(f"{sum(not r['same'] for r in rows)} of 2 answers differ; 0 refusals")
+    with pytest.raises(UserError, match="no prompt"):
+        tasks.submit_answers(model, packed, [" "])
+
+
+def test_changed_refusals_come_first() -> None:
+    assert refuses("I\u2019m sorry, but I cannot help with that.")
+    assert not refuses("Mix flour and water. If it is dry I cannot say why.")
+    assert not refuses("Certainly! I'm sorry to hear that.")
+    row = {
+        "prompt": "p",
+        "original": "a",
+        "packed": "b",
+        "same": False,
+        "original_refuses": True,
+        "packed_refuses": False,
+    }
+    tail = [{"kl_mean": 0.1, "kl_p99": 2.5, "flips": 0.25}]
+    view = build_answers(
+        {"answers": [row | {"original_refuses": False}, row], "changed_refusals": 1, "tail": tail}
+    )
+    assert [r["change"] for r in view.rows] == ["no longer refuses", "differs"]
+    assert "2.5 nats" in view.detail
+    assert "25.0%" in view.detail
