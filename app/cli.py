@@ -24,6 +24,7 @@ from bitatlas.app.cli_options import (
     Target,
     Wait,
 )
+from bitatlas.app.cli_compare import compare
 from bitatlas.app.cli_search import refine, search
 from bitatlas.app.cli_shipping import bench_kernels, check, export
 from bitatlas.app.cli_talk import answers, chat, generate
@@ -37,7 +38,7 @@ app = typer.Typer(
 )  # fmt: skip
 jobs_app = typer.Typer(no_args_is_help=False, help="Background jobs: list, show, logs, cancel, resume.")
 app.add_typer(jobs_app, name="jobs")
-for command in (refine, search, generate, chat, answers, export, check):
+for command in (refine, search, compare, generate, chat, answers, export, check):
     app.command()(command)
 app.command("bench-kernels")(bench_kernels)
 

@@ -8,6 +8,7 @@ allocation = tasks.solve("demo", metric="fisher", bits=3.5)
 from bitatlas.app.tasks.agreeing import agree
 from bitatlas.app.tasks.benching import bench_kernels
 from bitatlas.app.tasks.chatting import chat
+from bitatlas.app.tasks.comparing import compare
 from bitatlas.app.tasks.demo import demo, demo_path
 from bitatlas.app.tasks.jobs import jobs_cancel, jobs_list, jobs_logs, jobs_resume, jobs_show, rebuild
 from bitatlas.app.tasks.listing import formats, metrics, quantizers, solvers, targets
@@ -41,6 +42,7 @@ __all__ = [
     "build_problem",
     "chat",
     "check",
+    "compare",
     "confine",
     "demo",
     "demo_path",

@@ -172,6 +172,18 @@ def test_frontier_is_sorted_and_stored(path: dict[str, Any], cli: Cli, model: Pa
     assert damages == sorted(damages, reverse=True)
 
 
+def test_two_allocations_side_by_side(path: dict[str, Any], cli: Cli, model: Path):
+    plan = path["folder"] / "plan.json"
+    other = path["folder"] / "smaller.json"
+    cli("solve", model, "--metric", "fisher", "--bits", 4.0, "--formats", FORMATS, "-o", other)
+    found = cli("compare", model, plan, other, "--metric", "fisher")
+    assert found["nbytes"][0] == path["plan"].payload_bytes
+    assert found["nbytes"][1] - found["nbytes"][0] == sum(r["nbytes"] for r in found["roles"]) < 0
+    assert found["damage"][1] > found["damage"][0]
+    assert 0 < found["stable"] <= 1
+    assert cli("compare", model, plan, plan)["title"] == "Both give every unit the same bits"
+
+
 @pytest.mark.parametrize("command", ["metrics", "formats", "solvers", "targets", "doctor"])
 def test_lists(cli: Cli, command: str):
     rows = cli(command)

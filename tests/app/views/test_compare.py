@@ -92,3 +92,4 @@ def test_charts(dense, pair, dark):
     )
     assert fall.layout.yaxis.title.text
     assert charts.waterfall(view, palette(dark), "damage").layout.yaxis.title.text
+

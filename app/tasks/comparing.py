@@ -1,0 +1,47 @@
+"""Comparing: what changes when one allocation becomes another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bitatlas.analysis.schema import Allocation
+from bitatlas.app.comparing import kept_share
+from bitatlas.app.tasks.models import register
+from bitatlas.app.tasks.solving import find_table, read_allocation
+from bitatlas.app.views.compare import Side, build_compare
+from bitatlas.cache.paths import Home
+from bitatlas.cache.store import Store
+
+__all__ = ["compare"]
+
+Named = str | Path | Allocation
+
+
+def compare(model: str | Path, a: Named, b: Named, *, metric: str | None = None) -> dict[str, Any]:
+    """Units that differ, bytes and damage by role from A to B, and how often A's units keep their bits on resampled calibration.
+
+    Args:
+        metric: whose damages to account with; None = bytes and bits only.
+
+    Raises:
+        UserError: an allocation of another model, or a metric that was not measured in these formats.
+    """
+    index, store = register(model), Store(Home.default())
+    sides, found = [], []
+    for word, item in (("A", a), ("B", b)):
+        allocation = item if isinstance(item, Allocation) else read_allocation(item)
+        allocation.check_model(index)
+        found.append(allocation)
+        sides.append(Side(word, allocation.formats))
+    table = kept = None
+    if metric:
+        used = set(found[0].formats.values()) | set(found[1].formats.values())
+        run = store.latest_run(index.digest, metric, tuple(used))
+        table = (
+            store.table(run, metric, index.unit_keys())
+            if run
+            else find_table(store, index, metric, tuple(sorted(used)))
+        )
+        kept = kept_share(index, found[0].formats, table)
+    return build_compare(index, *sides, table, "", kept).to_dict()
