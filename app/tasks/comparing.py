@@ -28,20 +28,17 @@ def compare(model: str | Path, a: Named, b: Named, *, metric: str | None = None)
         UserError: an allocation of another model, or a metric that was not measured in these formats.
     """
     index, store = register(model), Store(Home.default())
-    sides, found = [], []
-    for word, item in (("A", a), ("B", b)):
-        allocation = item if isinstance(item, Allocation) else read_allocation(item)
+    one, other = (item if isinstance(item, Allocation) else read_allocation(item) for item in (a, b))
+    for allocation in (one, other):
         allocation.check_model(index)
-        found.append(allocation)
-        sides.append(Side(word, allocation.formats))
     table = kept = None
     if metric:
-        used = set(found[0].formats.values()) | set(found[1].formats.values())
+        used = set(one.formats.values()) | set(other.formats.values())
         run = store.latest_run(index.digest, metric, tuple(used))
         table = (
             store.table(run, metric, index.unit_keys())
             if run
             else find_table(store, index, metric, tuple(sorted(used)))
         )
-        kept = kept_share(index, found[0].formats, table)
-    return build_compare(index, *sides, table, "", kept).to_dict()
+        kept = kept_share(index, one.formats, table)
+    return build_compare(index, Side("A", one.formats), Side("B", other.formats), table, "", kept).to_dict()

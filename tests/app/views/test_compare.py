@@ -92,4 +92,3 @@ def test_charts(dense, pair, dark):
     )
     assert fall.layout.yaxis.title.text
     assert charts.waterfall(view, palette(dark), "damage").layout.yaxis.title.text
-
