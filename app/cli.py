@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitatlas.app.cli_compare import compare
 from bitatlas.app.cli_io import emit, progress_printer
 from bitatlas.app.cli_options import (
     DEFAULT_FORMATS,
@@ -24,7 +25,6 @@ from bitatlas.app.cli_options import (
     Target,
     Wait,
 )
-from bitatlas.app.cli_compare import compare
 from bitatlas.app.cli_search import refine, search
 from bitatlas.app.cli_shipping import bench_kernels, check, export
 from bitatlas.app.cli_talk import answers, chat, generate
