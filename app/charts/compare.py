@@ -47,11 +47,15 @@ def waterfall(view: CompareView, p: Palette, of: str) -> go.Figure:
             hovertemplate=f"%{{x}}: %{{delta:+.4g}} {word}, %{{customdata}} units<extra></extra>",
         )
     )  # fmt: skip
-    low = min([totals[0], totals[1], *(totals[0] + float(s) for s in np.cumsum(steps))])
+    levels = [totals[0], totals[1], *(totals[0] + float(s) for s in np.cumsum(steps))]
+    low, high = min(levels) / scale, max(levels) / scale
+    # Allocations of one budget differ by little: the bars of bytes begin where the difference can be seen.
+    near = of == "bytes" and high - low < 0.2 * high
+    room = max(high - low, 0.01 * high)
     figure.update_layout(
         template=template(p), height=320, dragmode=False, showlegend=False,
         xaxis={"title": "from A to B by role", "type": "category"},
         yaxis={"title": f"weights ({word})" if of == "bytes" else f"predicted damage ({word})",
-               "range": [0.9 * low / scale, None] if of == "bytes" and low > 0 else None},
+               "range": [low - 0.5 * room, high + 0.2 * room] if near else None},
     )  # fmt: skip
     return figure

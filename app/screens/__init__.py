@@ -28,7 +28,7 @@ SCREENS: tuple[Screen, ...] = (
     Screen("experts", "Decide", "Experts", ":material/groups:", "experts"),
     Screen("fit", "Decide", "Fit", ":material/memory:", "fit"),
     Screen("allocators", "Decide", "Allocators", ":material/stacked_line_chart:", "allocators"),
-    Screen("compare", "Decide", "Compare", ":material/compare_arrows:", "compare"),
+    Screen("compare", "Decide", "Compare", ":material/difference:", "compare"),
     Screen("verify", "Ship", "Verify", ":material/fact_check:", "verify"),
     Screen("export", "Ship", "Export", ":material/output:", "export"),
 )

@@ -12,6 +12,7 @@ from bitatlas.app.charts import compare as charts
 from bitatlas.app.comparing import kept_share
 from bitatlas.app.studies import Study, open_store
 from bitatlas.app.views import compare as views
+from bitatlas.app.views.fit_controls import preferred
 from bitatlas.app.widgets import fit_cache
 from bitatlas.app.widgets.boxes import empty_state, error_box
 from bitatlas.app.widgets.data import the_study
@@ -44,7 +45,7 @@ def page() -> None:
         )
         b = st.selectbox("B", names, index=0, key="compare_b", bind="query-params")
         metrics = list(study.damage_metrics)
-        start = metrics.index(asked.metric) if asked and asked.metric in metrics else 0
+        start = metrics.index(asked.metric) if asked and asked.metric in metrics else preferred(metrics)
         metric = (
             st.selectbox("Damage by", metrics, index=start, key="compare_metric", bind="query-params")
             if metrics
@@ -131,11 +132,11 @@ def _draw(view: views.CompareView) -> None:
                             alt=view.detail)  # fmt: skip
     frame = pd.DataFrame(
         [{"unit": u.unit, "layer": u.layer, "role": u.role, "A": u.before, "B": u.after, "bytes": u.nbytes,
-          "damage": u.damage, "A keeps it": u.kept} for u in view.units]
+          "damage": u.damage, "A again": u.kept} for u in view.units]
     )  # fmt: skip
     if len(frame):
         st.dataframe(frame, hide_index=True, column_config={
             "damage": st.column_config.NumberColumn("damage, B − A", format="%+.3g"),
             "bytes": st.column_config.NumberColumn("bytes, B − A", format="%+d"),
-            "A keeps it": st.column_config.NumberColumn(format="percent", help="Share of resampled calibrations in which A's format is chosen again")})  # fmt: skip
+            "A again": st.column_config.NumberColumn(format="percent", help="Share of resampled calibrations in which A's format is chosen again")})  # fmt: skip
         downloads("compare", lambda: frame, view.to_dict, "compare")

@@ -9,6 +9,7 @@ from bitatlas.app import state
 from bitatlas.app.charts import experts as charts
 from bitatlas.app.studies import Study
 from bitatlas.app.views import experts as views
+from bitatlas.app.views.fit_controls import preferred
 from bitatlas.app.widgets.boxes import empty_state
 from bitatlas.app.widgets.data import the_study
 from bitatlas.app.widgets.frame import title
@@ -50,7 +51,7 @@ def _controls(study: Study, known: tuple[str, ...]) -> tuple[str, str, str]:
             start = "damage" if "damage" in known else known[0]
             quantity = st.segmented_control("Show", known, default=start, required=True, key="quantity", bind="query-params") or start  # fmt: skip
         if study.damage_metrics:
-            metric = st.selectbox("Damage", study.damage_metrics, key="expert_metric", bind="query-params", width=185)  # fmt: skip
+            metric = st.selectbox("Damage", study.damage_metrics, index=preferred(study.damage_metrics), key="expert_metric", bind="query-params", width=185)  # fmt: skip
             formats = study.tables[metric].formats
             format = next((f for f in formats if f.startswith("int3")), formats[0])
             if len(formats) > 1:

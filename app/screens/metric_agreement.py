@@ -14,6 +14,7 @@ from bitatlas.app.charts import metric_agreement as charts
 from bitatlas.app.selection import Selection
 from bitatlas.app.studies import Study
 from bitatlas.app.views import metric_agreement as views
+from bitatlas.app.views.fit_controls import preferred
 from bitatlas.app.widgets.boxes import empty_state
 from bitatlas.app.widgets.data import get_matrix, get_trust, the_study
 from bitatlas.app.widgets.frame import title
@@ -59,9 +60,14 @@ def _controls(study: Study) -> views.MetricsControls:
     names = list(study.tables)
     formats = [f for f in FORMATS if any(f in t.formats for t in study.tables.values())] or [NO_FORMAT]
     roles = [views.ALL_ROLES, *study.columns.roles]
+    known = study.damage_metrics
+    first = names.index(known[preferred(known)]) if known else 0
+    second = (
+        names.index("kl_flip") if "kl_flip" in names and first != names.index("kl_flip") else int(first == 0)
+    )
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
-        x = st.selectbox("Across", names, key="metric_x", bind="query-params", width=190)
-        y = st.selectbox("Up", names, index=1, key="metric_y", bind="query-params", width=190)
+        x = st.selectbox("Across", names, index=first, key="metric_x", bind="query-params", width=190)
+        y = st.selectbox("Up", names, index=second, key="metric_y", bind="query-params", width=190)
         start = next((f for f in formats if f.startswith("int3")), formats[0])
         chosen = start
         if len(formats) > 1:

@@ -12,6 +12,7 @@ from bitatlas.app.selection import Selection
 from bitatlas.app.studies import Study
 from bitatlas.app.views import metric_agreement
 from bitatlas.app.views import unit as views
+from bitatlas.app.views.fit_controls import preferred
 from bitatlas.app.widgets.boxes import empty_state, error_box
 from bitatlas.app.widgets.data import get_trust, the_study
 from bitatlas.app.widgets.frame import title
@@ -49,7 +50,12 @@ def page() -> None:
 def _controls(study: Study) -> tuple[str, int | None]:
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         metric = st.selectbox(
-            "Metric", study.damage_metrics, key="unit_metric", bind="query-params", width=185
+            "Metric",
+            study.damage_metrics,
+            index=preferred(study.damage_metrics),
+            key="unit_metric",
+            bind="query-params",
+            width=185,
         )
         chosen = state.selection().ids
         fallback = chosen[0] if chosen and chosen[0] < len(study.keys) else views.worst(study, metric)

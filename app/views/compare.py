@@ -205,5 +205,7 @@ def _words(
         words.append(f"its predicted damage is {hurts[1] / hurts[0]:.2f} times A's")
     detail = f"{int(differs.sum())} of {count(len(differs), 'unit')} differ."
     if np.isfinite(stable):
-        detail += f" On resampled calibration text a unit of A keeps its bits {stable:.0%} of the time."
+        detail += (
+            f" Solved again on resampled calibration text, a unit gets A's bits {stable:.0%} of the time."
+        )
     return " and ".join(words), detail

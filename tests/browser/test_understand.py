@@ -14,7 +14,9 @@ def test_the_pages_of_eighteen_thousand_experts(browser):
     b = browser("dark")
     b.goto(f"/experts?study={MOE}&quantity=damage")
     b.chart()
-    box = b.page.locator(".js-plotly-plot .nsewdrag").first.bounding_box()  # the map; below it is the profile of the layers
+    box = b.page.locator(
+        ".js-plotly-plot .nsewdrag"
+    ).first.bounding_box()  # the map; below it is the profile of the layers
     shape = b.page.evaluate(
         "(() => { const g = document.querySelector('.js-plotly-plot'); return g.data.filter(t => t.type == 'heatmap').length; })()"
     )
