@@ -6,7 +6,8 @@ The files come from `peer_allocations.py`. Only linear layers of the blocks are 
 peers do it. Every allocation is read as int{b}-g64 asymmetric round-to-nearest, whatever quantiser the peer would use: this
 compares the choice of bits, not the quantisers. Ours is the exact solution of the Fisher damages within the peer's bytes,
 with the peer's own set of widths ("same widths") and with all of ours ("all widths"). One JSON line each is appended to
-benchmarks/results/peers.jsonl; ``tokens`` is what each side read of the calibration text.
+benchmarks/results/peers.jsonl; ``calibration_tokens`` is how much text each side read; a peer reads it once per
+option or pass, ours once with two backward passes.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
     ctx = MeasureContext(index, formats, text=args.calibration, tokens=96 * 128, seq_len=128, seed=args.seed)
     rows = run_metric(get_metric("fisher_projection"), ctx, Path(args.parts))
     table = SensitivityTable.from_rows([r for r in rows if r.metric == "fisher"], index.unit_keys())
-    damage = np.column_stack([table.select([f.name for f in formats]).value, np.zeros(len(index.units))])
+    damage = np.column_stack([table.select([f.name for f in formats]).damage, np.zeros(len(index.units))])
     names = [f.name for f in formats] + ["bf16"]
     size = index.bytes_table([*formats, *expand_formats("bf16")])
     keys = index.unit_keys()
@@ -68,7 +69,11 @@ def main() -> None:
         label = f"{peer['peer']} {peer['target']}"
         limit = int(size[np.arange(len(keys)), choice].sum())
         allocations[label] = {k: names[j] for k, j in zip(keys, choice)}
-        facts[label] = {"bytes": limit, "tokens": peer["tokens"], "version": peer["version"]}
+        facts[label] = {
+            "bytes": limit,
+            "calibration_tokens": peer["samples"] * peer["length"],
+            "version": peer["version"],
+        }
         widths = sorted(set(choice[choice < len(formats)].tolist()))
         for words, columns in (("same widths", widths), ("all widths", list(range(len(formats))))):
             allowed = np.zeros(size.shape, bool)
@@ -80,7 +85,7 @@ def main() -> None:
             allocations[ours] = {k: names[j] for k, j in zip(keys, found.choice)}
             facts[ours] = {
                 "bytes": found.certificate.payload_bytes,
-                "tokens": 3 * 96 * 128,
+                "calibration_tokens": 96 * 128,
                 "predicted": found.certificate.objective,
             }
 
