@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from bitatlas.kernels import triton_experts, triton_linear, triton_pack
+from bitatlas.kernels import triton_experts, triton_kv, triton_linear, triton_pack
 
 INT = "i32"
 
@@ -66,6 +66,43 @@ def sources() -> dict[str, ASTSource]:
             },
             {"M": 16, "N": 64, "K": 32},
         )
+    counts = dict.fromkeys(("tokens", "dim", "n_words", "block"), INT)
+    for bits in (2, 4, 8):
+        for channel in (False, True):
+            out[f"kv-pack-{bits}-{'channel' if channel else 'token'}"] = ASTSource(
+                triton_kv.quantize_kv_kernel,
+                {"x": "*bf16", "words": "*u32", "scale": "*fp16", "low": "*fp16", **counts},
+                {"BITS": bits, "CHANNEL": channel, "T": 32, "D": 128},
+            )
+    packed = {
+        f"{h}_{n}": "*u32" if n == "words" else "*fp16" for h in "kv" for n in ("words", "scale", "low")
+    }
+    lengths = dict.fromkeys(
+        ("tokens", "k_dim", "v_dim", "k_n", "v_n", "block", "group", "chunk", "splits"), INT
+    )
+    for k, v in ((8, 8), (8, 4), (4, 2)):
+        out[f"kv-decode-{k}-{v}"] = ASTSource(
+            triton_kv.decode_kernel,
+            {
+                "q": "*bf16",
+                **packed,
+                "out": "*fp32",
+                "top": "*fp32",
+                "total": "*fp32",
+                **lengths,
+                "scaling": "fp32",
+            },
+            {
+                "K_BITS": k,
+                "K_CHANNEL": True,
+                "V_BITS": v,
+                "V_CHANNEL": False,
+                "G": 16,
+                "T": 32,
+                "DK": 128,
+                "DV": 128,
+            },
+        )
     return out
 
 
@@ -76,6 +113,8 @@ SOME = (
     "linear-3-bf16",
     "linear-4-fp16",
     "experts-bf16",
+    "kv-pack-4-channel",
+    "kv-decode-8-4",
 )
 
 
