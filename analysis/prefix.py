@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.analysis.loaded import LoadedModel
+from bitatlas.kernels.errors import UserError
 
-__all__ = ["PrefixRunner", "Recording", "decoder_blocks", "replaced_blocks"]
+__all__ = ["PrefixRunner", "Recording", "decoder_blocks", "needed_blocks", "replaced_blocks"]
 
 
 def decoder_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList | None:
@@ -29,6 +30,22 @@ def decoder_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList | None:
         ):
             return module
     return None
+
+
+def needed_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
+    """`decoder_blocks` for a metric that cannot do without.
+
+    Raises:
+        UserError: the architecture is not a plain stack of blocks.
+    """
+    blocks = decoder_blocks(model, n_layers)
+    if blocks is None:
+        raise UserError(
+            "this architecture is not a plain stack of blocks",
+            found=f"{type(model).__name__} with {n_layers} layers",
+            fix="measure units instead of blocks; `bitatlas metrics` lists the metrics",
+        )
+    return blocks
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,13 @@ class PlanInfo:
     predicted: float
     at: float
 
+    @property
+    def label(self) -> str:
+        """``3.500 bits, mckp on fisher (1a2b3c4d)``: how an allocation is called in menus."""
+        return (
+            f"{self.bits_per_weight:.3f} bits, {self.solver} on {self.metric or 'no metric'} ({self.id[:8]})"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

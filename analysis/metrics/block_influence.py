@@ -11,10 +11,9 @@ from torch import nn
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
 from bitatlas.analysis.metrics.base import Cost, Metric, Parts, StepResult
-from bitatlas.analysis.prefix import decoder_blocks
+from bitatlas.analysis.prefix import needed_blocks
 from bitatlas.analysis.schema import NO_FORMAT, DamageRow
 from bitatlas.analysis.sequences import mean_and_stderr, sequence_steps, sequences_of, stacked
-from bitatlas.kernels.errors import UserError
 
 __all__ = ["BlockInfluence"]
 
@@ -54,13 +53,7 @@ class BlockInfluence(Metric):
             UserError: the architecture is not a plain stack of blocks.
         """
         _, tokens = sequences_of(ctx, key)
-        blocks = decoder_blocks(ctx.loaded.model, ctx.index.n_layers)
-        if blocks is None:
-            raise UserError(
-                "this architecture is not a plain stack of blocks",
-                found=f"{type(ctx.loaded.model).__name__} with {ctx.index.n_layers} layers",
-                fix="measure units instead of blocks; `bitatlas metrics` lists the metrics",
-            )
+        blocks = needed_blocks(ctx.loaded.model, ctx.index.n_layers)
         found = {name: np.full((len(tokens), len(blocks)), np.nan) for name in ("block", "mlp")}
 
         def watch(name: str, layer: int) -> Any:

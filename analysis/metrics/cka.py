@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
 from bitatlas.analysis.metrics.base import Cost, Metric, Parts, StepResult
-from bitatlas.analysis.prefix import decoder_blocks
+from bitatlas.analysis.prefix import needed_blocks
 from bitatlas.analysis.schema import NO_FORMAT, DamageRow
 from bitatlas.analysis.sequences import sequence_steps, sequences_of
-from bitatlas.kernels.errors import UserError
 
 __all__ = ["Cka", "canonical_mean", "linear_cka"]
 
@@ -58,13 +57,7 @@ class Cka(Metric):
             UserError: the architecture is not a plain stack of blocks.
         """
         first, tokens = sequences_of(ctx, key)
-        blocks = decoder_blocks(ctx.loaded.model, ctx.index.n_layers)
-        if blocks is None:
-            raise UserError(
-                "this architecture is not a plain stack of blocks",
-                found=f"{type(ctx.loaded.model).__name__} with {ctx.index.n_layers} layers",
-                fix="measure units instead of blocks; `bitatlas metrics` lists the metrics",
-            )
+        blocks = needed_blocks(ctx.loaded.model, ctx.index.n_layers)
         sums: dict[str, np.ndarray] = {}
         for one in tokens:
             streams = [s @ _directions(ctx, s.shape[1]) for s in _streams(ctx, blocks, one)]  # (T, p) each

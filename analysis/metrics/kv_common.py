@@ -20,6 +20,8 @@ _SETTINGS = {
     "kv_residual": KvLayout().residual,
 }
 
+_STEP_TOKENS = 512
+
 
 class KvMetric(Metric):
     """A metric whose units are ``kv.L`` (a pair of formats ``K/V``), ``kv.L.k`` and ``kv.L.v`` (one format).
@@ -91,6 +93,13 @@ class KvMetric(Metric):
         """Number of sequences."""
         made = ctx.__dict__.get("calibration")
         return int(made.tokens.shape[0]) if made is not None else -(-ctx.tokens // ctx.seq_len)
+
+    def plan(self, ctx: MeasureContext) -> list[str]:
+        """Chunks of sequences, ``sequences 0-3``; what cannot be measured is said before the first step."""
+        self.layers(ctx)
+        self.pairs(ctx)
+        self.layout(ctx)
+        return self.chunks(ctx, _STEP_TOKENS)
 
     def chunks(self, ctx: MeasureContext, tokens: int) -> list[str]:
         """Step keys ``sequences 0-3`` of about so many tokens each."""

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["KvError"]
 
-_STEP_TOKENS = 512
-
 
 class KvError(KvMetric):
     """Relative errors by layer and pair; the output's is the one that decides. ``count`` = sequences.
@@ -52,13 +50,6 @@ class KvError(KvMetric):
 
     def __init__(self) -> None:
         self._replay: tuple[MeasureContext, AttentionReplay] | None = None
-
-    def plan(self, ctx: MeasureContext) -> list[str]:
-        """Chunks of sequences, ``sequences 0-3``."""
-        self.layers(ctx)
-        self.pairs(ctx)
-        self.layout(ctx)
-        return self.chunks(ctx, _STEP_TOKENS)
 
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
         """Errors of a chunk: out and out_pre (S, L, FK, FV), weights and weights_pre, k and k_pre (S, L, FK), v (S, L, FV)."""

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["KvFisher"]
 
-_STEP_TOKENS = 512
-
 
 class KvFisher(KvMetric):
     """Predicted KL of each layer's K, V and pairs, nats per token. ``count`` = tokens."""
@@ -37,13 +35,6 @@ class KvFisher(KvMetric):
     EMITS = ("kv_fisher",)
     VERSION = 1
     SETTINGS: ClassVar = {**KvMetric.KV_SETTINGS, "draws": 2, "score": "signs"}
-
-    def plan(self, ctx: MeasureContext) -> list[str]:
-        """Chunks of sequences, ``sequences 0-3``."""
-        self.layers(ctx)
-        self.pairs(ctx)
-        self.layout(ctx)
-        return self.chunks(ctx, _STEP_TOKENS)
 
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
         """Projections of a chunk of sequences: k (P, L, FK) and v (P, L, FV), and each probe's sequence."""

@@ -11,9 +11,9 @@ from torch import nn
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
 from bitatlas.analysis.metrics.base import Cost, Metric, Parts, StepResult
-from bitatlas.analysis.prefix import decoder_blocks
+from bitatlas.analysis.prefix import needed_blocks
 from bitatlas.analysis.schema import NO_FORMAT, DamageRow
-from bitatlas.kernels.errors import UserError
+from bitatlas.analysis.sequences import sequence_steps, sequences_of
 
 __all__ = ["Lim"]
 
@@ -42,20 +42,12 @@ class Lim(Metric):
 
     def plan(self, ctx: MeasureContext) -> list[str]:
         """Batches of sequences."""
-        size = max(1, _BATCH_TOKENS // ctx.seq_len)
-        return [f"sequences {i}-{min(i + size, ctx.sequences) - 1}" for i in range(0, ctx.sequences, size)]
+        return sequence_steps(ctx, _BATCH_TOKENS)
 
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
         """Array cosine (B, L): mean over each sequence's tokens, block by block."""
-        first, last = (int(n) for n in key.removeprefix("sequences ").split("-"))
-        tokens = torch.from_numpy(ctx.calibration.tokens[first : last + 1])  # (B, T)
-        blocks = decoder_blocks(ctx.loaded.model, ctx.index.n_layers)
-        if blocks is None:
-            raise UserError(
-                "this architecture is not a plain stack of blocks",
-                found=f"{type(ctx.loaded.model).__name__} with {ctx.index.n_layers} layers",
-                fix="measure units instead of blocks; `bitatlas metrics` lists the metrics",
-            )
+        tokens = torch.from_numpy(sequences_of(ctx, key)[1])  # (B, T)
+        blocks = needed_blocks(ctx.loaded.model, ctx.index.n_layers)
         cosine = np.full((len(tokens), len(blocks)), np.nan)
 
         def watch(layer: int) -> Any:

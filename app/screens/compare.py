@@ -80,10 +80,7 @@ def _names(study: Study) -> list[str]:
 
 def _stored(study: Study) -> dict[str, str]:
     """Label -> id."""
-    return {
-        f"{a.bits_per_weight:.3f} bits, {a.solver} on {a.metric or 'no metric'} ({a.id[:8]})": a.id
-        for a in study.allocations
-    }
+    return {a.label: a.id for a in study.allocations}
 
 
 def _side(study: Study, name: str) -> views.Side:

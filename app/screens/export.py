@@ -37,10 +37,7 @@ def page() -> None:
         )
         return
     head = st.container()
-    names = {
-        f"{a.bits_per_weight:.3f} bits, {a.solver} on {a.metric or 'no metric'} ({a.id[:8]})": a
-        for a in study.allocations
-    }
+    names = {a.label: a for a in study.allocations}
     with st.container(horizontal=True, vertical_alignment="bottom"):
         chosen = open_store().allocation(
             names[st.selectbox("Allocation", list(names), key="export_allocation", width=420)].id

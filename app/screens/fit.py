@@ -175,7 +175,7 @@ def _free(view: views.FitView) -> int:
 
 def _take_away(study: Study, asked: controls.Asked, view: views.FitView, pins: dict[str, str]) -> None:
     """The allocation as a file, kept in the study, and the same from the shell."""
-    allocation = fit_cache.allocation(study, asked, view, pins)
+    allocation = fit_cache.answer(study, asked, pins)
     shares = pd.DataFrame([{"format": s.format, "units": s.units, "weights": s.params, "bytes": s.nbytes, "predicted damage": s.damage}
                            for s in view.shares])  # fmt: skip
     with st.container(horizontal=True, vertical_alignment="center"):

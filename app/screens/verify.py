@@ -103,10 +103,7 @@ def _start(study: Study) -> None:
     """Verify one more allocation: the cost is a forward pass of both models over the text."""
     with st.container(border=True):
         st.markdown("##### Verify an allocation")
-        names = {
-            f"{a.bits_per_weight:.3f} bits, {a.solver} on {a.metric or 'no metric'} ({a.id[:8]})": a
-            for a in study.allocations
-        }
+        names = {a.label: a for a in study.allocations}
         with st.container(horizontal=True, vertical_alignment="bottom"):
             chosen = st.selectbox("Allocation", list(names), key="verify_allocation", width=420)
             text = st.text_input(

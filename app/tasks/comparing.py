@@ -34,11 +34,8 @@ def compare(model: str | Path, a: Named, b: Named, *, metric: str | None = None)
     table = kept = None
     if metric:
         used = set(one.formats.values()) | set(other.formats.values())
-        run = store.latest_run(index.digest, metric, tuple(used))
-        table = (
-            store.table(run, metric, index.unit_keys())
-            if run
-            else find_table(store, index, metric, tuple(sorted(used)))
-        )
+        # With all formats of the run, so that solving again may choose others.
+        run = find_table(store, index, metric, tuple(sorted(used))).run
+        table = store.table(run, metric, index.unit_keys())
         kept = kept_share(index, one.formats, table)
     return build_compare(index, Side("A", one.formats), Side("B", other.formats), table, "", kept).to_dict()

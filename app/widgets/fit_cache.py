@@ -10,12 +10,11 @@ from bitatlas.analysis.schema import Allocation, Provenance, parse_format
 from bitatlas.app import studies
 from bitatlas.app.budgets import uniform_kv
 from bitatlas.app.studies import Study
-from bitatlas.app.views.fit import FitView
 from bitatlas.app.views.fit_controls import Asked
 from bitatlas.app.widgets.data import forget
 from bitatlas.solvers import FrontCache, Problem, get_solver, to_allocation
 
-__all__ = ["allocation", "answer", "front", "keep", "sizes", "unit_of"]
+__all__ = ["answer", "front", "keep", "sizes", "unit_of"]
 
 
 def front(
@@ -56,11 +55,6 @@ def unit_of(metric: str) -> str:
 def sizes(study: Study) -> dict[str, int]:
     """Allocation id -> weight bytes."""
     return {a.id: a.weights_bytes for a in study.allocations}
-
-
-def allocation(study: Study, asked: Asked, view: FitView, pins: dict[str, str]) -> Allocation:
-    """What the page shows, as an allocation with its certificate."""
-    return answer(study, asked, pins)
 
 
 def answer(study: Study, asked: Asked, pins: Mapping[str, str]) -> Allocation:

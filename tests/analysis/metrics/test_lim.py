@@ -5,6 +5,7 @@ import pytest
 import torch
 from conformance_metric import Case, MetricConformance
 
+from bitatlas.analysis import prefix
 from bitatlas.analysis.measure import run_metric
 from bitatlas.analysis.metrics import lim
 from bitatlas.analysis.metrics.lim import Lim
@@ -56,6 +57,6 @@ def test_equals_the_cosine_of_the_hidden_states(context, tmp_path, family):
 
 def test_a_model_that_is_no_stack_is_refused(context, monkeypatch):
     with context("llama") as ctx:
-        monkeypatch.setattr(lim, "decoder_blocks", lambda model, n: None)
+        monkeypatch.setattr(prefix, "decoder_blocks", lambda model, n: None)
         with pytest.raises(UserError, match="not a plain stack"):
             Lim().step(ctx, Lim().plan(ctx)[0])
