@@ -24,14 +24,17 @@ from bitatlas.solvers.random_best import random_choice
 __all__ = ["RandomAllocationsWork", "random_allocations"]
 
 METRIC = "random_allocations"
-_VERSION = 1
+_VERSION = 2
 
 
 def random_allocations(index: ModelIndex, formats: list[str], n: int, low: float, high: float, seed: int) -> np.ndarray:  # fmt: skip
     """(N, U) choices whose average bits are spread evenly from ``low`` to ``high``, smallest first.
 
     Budget i is drawn inside the i-th of N equal stretches of the range that the formats can reach; every unit then
-    draws its format independently from the distribution that meets the budget (`solvers.random_best`).
+    draws its format independently from the distribution that meets the budget (`solvers.random_best`). Every other
+    allocation draws from a window only: neighbouring formats, the window itself drawn among those that enclose the budget.
+    All formats at once put a few units of any allocation at the fewest bits, where damage is far beyond what anybody would
+    serve; windows give the allocations that solvers propose.
 
     Raises:
         UserError: the range holds no size that the formats can make.
@@ -45,13 +48,30 @@ def random_allocations(index: ModelIndex, formats: list[str], n: int, low: float
                         found=f"{', '.join(formats)} reach {least:.2f} to {most:.2f} bits per weight",
                         fix="name other formats or another range")  # fmt: skip
     rng = np.random.default_rng(seed)
-    problem = Problem.build(index, None, wanted, 0)
     out = np.empty((n, len(index.units)), np.intp)
     for i, share in enumerate((np.arange(n) + rng.random(n)) / n):
         limit = int(np.ceil((first + share * (last - first)) * index.params / 8))
-        at = problem.with_limit(limit)
-        out[i] = problem.classes.expand(random_choice(at, rng))
+        some = _window(sizes, limit, rng) if i % 2 else np.arange(len(wanted))
+        problem = Problem.build(index, None, [wanted[f] for f in some], limit)
+        out[i] = some[problem.classes.expand(random_choice(problem, rng))]
     return out
+
+
+def _window(sizes: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
+    """Columns of ``sizes`` (U, F) that are neighbours in size and enclose ``limit`` bytes; all when none do."""
+    order = np.argsort(sizes.sum(0), kind="stable")
+    total = sizes.sum(0)[order]
+    count = len(total)
+    found = [
+        (a, b)
+        for a in range(count)
+        for b in range(a + 1, count)
+        if total[a] <= limit <= total[b] and b - a < count - 1
+    ]
+    if not found:
+        return np.arange(count)
+    a, b = found[int(rng.integers(len(found)))]
+    return np.sort(order[a : b + 1])
 
 
 class RandomAllocationsWork(Work):

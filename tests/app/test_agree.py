@@ -76,6 +76,10 @@ def test_budgets_are_spread_evenly_over_the_range(tiny_checkpoint):
     bits = sizes[np.arange(sizes.shape[0]), choices].sum(1) * 8 / index.params
     counts = np.histogram(bits, np.linspace(sizes.min(1).sum() * 8 / index.params, 7.0, 9))[0]
     assert counts.min() >= 2
+    for i, choice in enumerate(choices):
+        if i % 2:  # a window: neighbours only
+            assert choice.max() - choice.min() < len(formats) - 1
+    assert any(np.ptp(choice) == len(formats) - 1 for choice in choices[::2])
     np.testing.assert_array_equal(choices, random_allocations(index, formats, 24, 2.5, 7.0, 3))
     with pytest.raises(UserError, match="no allocations between"):
         random_allocations(index, ["int8-g32"], 4, 2.5, 5.0, 0)
