@@ -119,18 +119,24 @@ class Watch(threading.Thread):
         return None
 
     def run(self) -> None:
-        while not self.over.wait(0.25):
-            worker = self.worker()
+        worker, turn = None, 0
+        while not self.over.wait(0.5):
+            turn += 1
             try:
+                if worker is None or not worker.is_running():
+                    worker = self.worker()
                 family = [worker, *worker.children(recursive=True)] if worker else []
-                memory = [p.memory_full_info() for p in family]
+                memory = [p.memory_info() for p in family]
+                if turn % 20 == 0:
+                    # Proportional sets are dear: the kernel walks every page of the mapped shards.
+                    self.together = max(self.together, sum(p.memory_full_info().pss for p in family))
                 for p in family:
                     times = p.cpu_times()
                     self._cpu[p.pid] = times.user + times.system
             except psutil.Error:
+                worker = None
                 continue
             self.largest = max([self.largest, *(m.rss for m in memory)])
-            self.together = max(self.together, sum(m.pss for m in memory))
             self.processes = max(self.processes, len(family))
 
     @property
