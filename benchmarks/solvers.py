@@ -29,6 +29,7 @@ from bitatlas.solvers import FrontCache, Problem, certify
 from bitatlas.solvers.mckp import Mckp
 
 BITS = np.array([2, 3, 4, 5, 6, 8])
+SLIDER = 400  # budgets from the smallest allocation to the largest, each asked once
 RESULTS = Path(__file__).parent / "results" / "solvers.jsonl"
 
 
@@ -118,13 +119,16 @@ def case(kind: str, n: int, peers: list[str], limit_s: float) -> dict[str, Any]:
     """Everything measured for one problem."""
     problem = make(kind, n)
     front_s, cache = timed(lambda: FrontCache.of(fresh(problem)), 5)
-    limits = np.linspace(problem.min_bytes, int(problem.bytes[:, -1].sum()), 25).astype(np.int64)
-    slider = [timed(lambda limit=limit: cache.at(int(limit)), 3)[0] for limit in limits]
+    limits = np.linspace(problem.min_bytes, int(problem.bytes[:, -1].sum()), SLIDER).astype(np.int64)
+    cache.at(int(limits[0]))
+    slider = [timed(lambda limit=limit: cache.at(int(limit)))[0] * 1e3 for limit in limits]
+    low, middle, high = np.quantile(slider, [0.2, 0.5, 0.8])
     exact_s, found = timed(lambda: Mckp()._solve(fresh(problem), 0, time.perf_counter() + limit_s), 3)
     proof_s, proof = timed(lambda: certify(problem, found.choice))
     row: dict[str, Any] = {
         "kind": kind, "n": n, "formats": len(BITS),
-        "front_ms": front_s * 1e3, "slider_ms_max": max(slider) * 1e3, "exact_ms": exact_s * 1e3,
+        "front_ms": front_s * 1e3, "slider_ms_p20": low, "slider_ms_p50": middle, "slider_ms_p80": high,
+        "slider_ms_max": max(slider), "exact_ms": exact_s * 1e3,
         "exact_status": found.status, "exact_gap": proof.gap, "certificate_ms": proof_s * 1e3,
         "hull_gap": (cache.at(problem.limit_bytes).objective - proof.lower_bound) / proof.objective,
     }  # fmt: skip
@@ -151,7 +155,7 @@ def main() -> None:
     about = {
         "date": time.strftime("%Y-%m-%d"), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
         "python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__,
-        "peer_limit_s": args.limit,
+        "peer_limit_s": args.limit, "threads": os.environ.get("OMP_NUM_THREADS", ""), "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
     for n in args.n:
         for kind in args.kinds:

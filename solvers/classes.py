@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -28,9 +29,19 @@ class Classes:
     bytes: np.ndarray
     allowed: np.ndarray
 
+    @cached_property
+    def _untied(self) -> bool:
+        """Every unit is a class of its own, in order."""
+        return len(self.of_unit) == len(self.bytes) and bool((np.diff(self.of_unit) == 1).all())
+
     def expand(self, choice: np.ndarray) -> np.ndarray:
         """Format index per unit (U,) from format index per class (C,)."""
-        return np.asarray(choice, np.int64)[self.of_unit]
+        found = np.asarray(choice, np.int64)
+        return found.copy() if self._untied else found[self.of_unit]
+
+    def rows(self, which: np.ndarray) -> Classes:
+        """These classes (n,) alone, without their units."""
+        return Classes(np.arange(len(which)), self.damage[which], self.bytes[which], self.allowed[which])
 
     def expand_back(self, choice: np.ndarray) -> np.ndarray:
         """Format index per class (C,) from format index per unit (U,): the inverse of `expand`."""

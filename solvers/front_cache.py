@@ -1,4 +1,4 @@
-"""The whole convex front of a problem from one sort, and any budget on it in under a millisecond.
+"""The whole convex front of a problem from one sort, and any budget on it in about a millisecond.
 
 Multiple-choice knapsack, linear relaxation (Sinha & Zoltners 1979): keep each class's lower convex hull of
 (bytes, damage), sort all hull steps by damage saved per byte; prefix sums are the supported front.
@@ -7,6 +7,7 @@ Multiple-choice knapsack, linear relaxation (Sinha & Zoltners 1979): keep each c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ from bitatlas.solvers.classes import Classes
 from bitatlas.solvers.problem import Problem
 
 __all__ = ["FrontCache", "FrontPoint", "fill"]
+
+_CHUNK = 16_384  # steps between two stored allocations
+_AHEAD = 4_096  # steps behind the budget whose classes may spend what is left
 
 
 class FrontPoint(NamedTuple):
@@ -39,6 +43,7 @@ class FrontCache:
         hull: (C, F) int64 format index at each level of a class's hull, the last level repeated.
         step_class: (M,) class of each step, best slope first; step_slope: (M,) damage saved per byte.
         cum_bytes: (M + 1,) int64 payload after k steps; cum_damage: (M + 1,) float64.
+        step_to: (M,) uint8 format index of the class after its step.
     """
 
     classes: Classes
@@ -47,6 +52,7 @@ class FrontCache:
     step_slope: np.ndarray
     cum_bytes: np.ndarray
     cum_damage: np.ndarray
+    step_to: np.ndarray
 
     @classmethod
     def of(cls, problem: Problem) -> FrontCache:
@@ -78,30 +84,50 @@ class FrontCache:
             last[live] = np.minimum(last[live], top[moved])
             before, after = hull[live, level], order[live, best]
             steps.append((live, last[live], c.bytes[live, after] - c.bytes[live, before],
-                          c.damage[live, before] - c.damage[live, after]))  # fmt: skip
+                          c.damage[live, before] - c.damage[live, after], after.astype(np.uint8)))  # fmt: skip
             hull[live, level:] = after[:, None]
             at[live] = best
-        owner, slopes, extra, saved = (
-            (np.concatenate(parts) for parts in zip(*steps)) if steps else (np.zeros(0, int),) * 4
+        owner, slopes, extra, saved, after = (
+            (np.concatenate(parts) for parts in zip(*steps)) if steps else (np.zeros(0, int),) * 5
         )
         sort = np.argsort(-slopes, kind="stable")  # stable: levels of a class stay in order
         first = hull[:, 0]
         cum_bytes = np.concatenate([[c.payload(first)], extra[sort]]).astype(np.int64).cumsum()
-        cum_damage = np.concatenate([[c.objective(first)], -saved[sort]]).cumsum()
-        return cls(c, hull, owner[sort], slopes[sort], cum_bytes, cum_damage)
+        # A million savings are taken off one large sum; the little that remains must not be their rounding.
+        fine = np.concatenate([[c.objective(first)], -saved[sort]]).cumsum(dtype=np.longdouble)
+        cum_damage = fine.astype(np.float64)
+        return cls(c, hull, owner[sort], slopes[sort], cum_bytes, cum_damage, after[sort].astype(np.uint8))
 
     def steps_within(self, limit_bytes: int) -> int:
         """How many steps fit, -1 when not even the smallest allocation does."""
         return int(np.searchsorted(self.cum_bytes, limit_bytes, side="right")) - 1
 
+    @cached_property
+    def _stored(self) -> np.ndarray:
+        """(M // _CHUNK + 1, C) uint8: the classes' formats after every `_CHUNK` steps."""
+        out = np.empty((len(self.step_to) // _CHUNK + 1, len(self.hull)), np.uint8)
+        out[0] = self.hull[:, 0]
+        for i in range(1, len(out)):
+            out[i] = out[i - 1]
+            self._walk(out[i], (i - 1) * _CHUNK, i * _CHUNK)
+        return out
+
+    def _walk(self, choice: np.ndarray, start: int, end: int) -> None:
+        # A class that steps twice has its later format last, and the last assignment stays.
+        choice[self.step_class[start:end]] = self.step_to[start:end]
+
     def class_choice(self, steps: int) -> np.ndarray:
-        """(C,) format index after ``steps`` steps."""
-        n, k = self.hull.shape
-        level = np.bincount(self.step_class[:steps], minlength=n)
-        return self.hull[np.arange(n), np.minimum(level, k - 1)]
+        """(C,) format index after ``steps`` steps: the nearest stored allocation before, and the few steps since."""
+        at = steps // _CHUNK
+        choice = self._stored[at].copy()
+        self._walk(choice, at * _CHUNK, steps)
+        return choice.astype(np.int64)
 
     def at(self, limit_bytes: int, *, filled: bool = True) -> FrontPoint:
         """Best supported allocation within ``limit_bytes``, then single moves while any still fits.
+
+        The moves are looked for among the classes of the next `_AHEAD` steps: what is left is less than one step takes, and
+        the classes with the best slopes make the most of it. No pass over all classes and formats is made.
 
         Raises:
             ValueError: nothing fits; `solvers.infeasible.check_feasible` explains it to a user.
@@ -111,16 +137,16 @@ class FrontCache:
             raise ValueError(f"{limit_bytes} bytes, the smallest allocation takes {int(self.cum_bytes[0])}")
         choice = self.class_choice(k)
         slope = float(self.step_slope[k]) if k < len(self.step_slope) else 0.0
-        bound = float(self.cum_damage[k]) - slope * (limit_bytes - int(self.cum_bytes[k]))
+        payload, objective = int(self.cum_bytes[k]), float(self.cum_damage[k])
+        bound = objective - slope * (limit_bytes - payload)
         if filled and slope:
-            choice = fill(self.classes, choice, limit_bytes)
-        return FrontPoint(
-            self.classes.expand(choice),
-            self.classes.payload(choice),
-            self.classes.objective(choice),
-            bound,
-            slope,
-        )
+            near = np.unique(self.step_class[k : k + _AHEAD])
+            part, before = self.classes.rows(near), choice[near]
+            after = fill(part, before, part.payload(before) + limit_bytes - payload)
+            choice[near] = after
+            payload += part.payload(after) - part.payload(before)
+            objective += part.objective(after) - part.objective(before)
+        return FrontPoint(self.classes.expand(choice), payload, objective, bound, slope)
 
 
 def _by_bytes(c: Classes) -> np.ndarray:

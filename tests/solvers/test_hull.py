@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitatlas.solvers import FrontCache, Problem, get_solver
+from bitatlas.solvers import FrontCache, Problem, front_cache, get_solver
+from bitatlas.solvers.front_cache import fill
 from bitatlas.solvers.hull import Hull
 from tests.conformance.problems import random_problem
 from tests.conformance.solver import SolverConformance
@@ -62,3 +63,36 @@ def test_too_small_a_limit():
     cache = FrontCache.of(random_problem(1))
     with pytest.raises(ValueError, match="smallest allocation"):
         cache.at(-1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stored_allocations_and_windows_change_no_answer(seed, monkeypatch):
+    problem = random_problem(seed)
+    plain = FrontCache.of(problem)
+    monkeypatch.setattr(front_cache, "_CHUNK", 3)
+    stored = FrontCache.of(problem)
+    c, total = problem.classes, len(plain.cum_bytes)
+    for k in range(total):
+        level = np.minimum(np.bincount(plain.step_class[:k], minlength=len(c.bytes)), c.bytes.shape[1] - 1)
+        naive = plain.hull[np.arange(len(level)), level]
+        assert stored.class_choice(k).tolist() == naive.tolist()
+        limit = int(plain.cum_bytes[k]) + seed
+        after = stored.steps_within(limit)
+        whole = stored.class_choice(after)
+        if after < total - 1:
+            whole = fill(c, whole, limit)
+        point = stored.at(limit)
+        assert point.choice.tolist() == c.expand(whole).tolist()
+        assert point.payload_bytes == problem.payload(point.choice) <= limit
+        assert point.objective == pytest.approx(problem.objective(point.choice), abs=1e-9)
+
+
+def test_a_short_window_still_spends_what_is_left(monkeypatch):
+    monkeypatch.setattr(front_cache, "_AHEAD", 1)
+    problem = random_problem(3)
+    cache = FrontCache.of(problem)
+    for limit in range(int(cache.cum_bytes[0]), int(cache.cum_bytes[-1])):
+        point = cache.at(limit)
+        assert point.payload_bytes == problem.payload(point.choice) <= limit
+        assert point.objective <= cache.cum_damage[cache.steps_within(limit)] + 1e-9
+        assert point.objective >= point.lower_bound - 1e-9
