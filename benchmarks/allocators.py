@@ -184,11 +184,12 @@ def allocations(
         yield facts, choice
 
 
-def searched(problem: Problem, engine: Evaluator, seed: int) -> np.ndarray:
-    """The walk of path descent, to its own end."""
-    search = get_searcher("path")(
-        problem, engine, seed=seed, start=get_solver("mckp").solve(problem).choice[None]
-    )
+def searched(problem: Problem, engine: Evaluator, seed: int, walk: bool) -> np.ndarray:
+    """Path descent to its own end, or its walk alone."""
+    kind = get_searcher("path")
+    settings = {"steps": kind.SETTINGS["stages"]} if walk else {}
+    start = get_solver("mckp").solve(problem).choice[None]
+    search = kind(problem, engine, seed=seed, settings=settings, start=start)
     state, number = search.begin(), 0
     while number < search.steps and not bool(state["done"]):
         number += 1
