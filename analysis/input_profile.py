@@ -16,10 +16,12 @@ from bitatlas.analysis.sequences import sequences_of
 if TYPE_CHECKING:
     from bitatlas.analysis.measure import MeasureContext
 
-__all__ = ["MASSIVE_FACTOR", "MASSIVE_VALUE", "PROFILE", "input_profile"]
+__all__ = ["BIN_EDGES", "MASSIVE_FACTOR", "MASSIVE_VALUE", "PROFILE", "input_profile"]
 
 MASSIVE_VALUE = 100.0
 MASSIVE_FACTOR = 1000.0
+BIN_EDGES = 2.0 ** (np.arange(-60, 49) / 3)
+"""(109,) edges of the histogram of |x|: three bins an octave from 1e-6 to 65 536, whatever the model, so that counts add up."""
 PROFILE = ("tokens", "mean_top", "mean_variance", "max_variance", "square", "top", "median", "massive")
 """What is kept of the (n, cols) inputs x of a unit in one sequence:
 
@@ -30,7 +32,10 @@ n; mean over channels of max |x|; mean and maximum over channels of the variance
 def input_profile(ctx: MeasureContext, key: str) -> dict[str, np.ndarray]:
     """Name of `PROFILE` -> (B, U) float64 of a step of sequences, NaN (0 for counts) where no token came.
 
-    ``stream`` is (B, L): massive values in what every block puts out, NaN where the model is no stack of blocks. Units that share an input (q, k, v) are looked at once. Steps of one process that ask again get what was found.
+    ``stream`` is (B, L): massive values in what every block puts out, NaN where the model is no stack of blocks.
+    ``histogram`` is (U, 110) uint32, all sequences of the step together: |x| below, between and from the last of the
+    `BIN_EDGES` on (a bin holds its lower edge). Units that share an input (q, k, v) are looked at once. Steps of one
+    process that ask again get what was found.
     """
     made: dict[str, dict[str, np.ndarray]] = ctx.scratch.setdefault("input profile", {})
     if key in made:
@@ -40,27 +45,30 @@ def input_profile(ctx: MeasureContext, key: str) -> dict[str, np.ndarray]:
     out = {name: np.full((len(tokens), len(position)), np.nan) for name in PROFILE}
     out["tokens"][:] = 0.0
     out["massive"][:] = 0.0
-    recent: list[tuple[Tensor, np.ndarray, np.ndarray]] = []
+    histogram = np.zeros((len(position), len(BIN_EDGES) + 1), np.uint32)
+    recent: list[tuple[Tensor, tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
 
     def watch(unit: str, x: Tensor, token: Tensor, weight: Tensor | None) -> None:
         found = next(
-            ((s, v) for seen, s, v in recent if seen.data_ptr() == x.data_ptr() and seen.shape == x.shape),
+            (old for seen, old in recent if seen.data_ptr() == x.data_ptr() and seen.shape == x.shape),
             None,
         )
         if found is None:
             sequence = (token.cpu() // tokens.shape[1]).numpy()
             some = np.unique(sequence)
-            found = some, np.stack([_describe(x[torch.from_numpy(sequence == s)]) for s in some])
-            recent.append((x, *found))
+            rows = np.stack([_describe(x[torch.from_numpy(sequence == s)]) for s in some])
+            found = some, rows, _histogram(x)
+            recent.append((x, found))
             del recent[:-4]  # holding an input keeps its address from being used again
         for i, name in enumerate(PROFILE):
             out[name][found[0], position[unit]] = found[1][:, i]
+        histogram[position[unit]] += found[2]
 
     out["stream"] = np.full((len(tokens), max(ctx.index.n_layers, 1)), np.nan)
     with torch.no_grad(), ctx.loaded.capture(watch), _stream(ctx, out["stream"]):
         ctx.loaded.logits(torch.from_numpy(tokens))
-    made[key] = out
-    return out
+    made[key] = out | {"histogram": histogram}
+    return made[key]
 
 
 @contextmanager
@@ -85,6 +93,13 @@ def _stream(ctx: MeasureContext, found: np.ndarray) -> Iterator[None]:
 
 def _massive(magnitude: Tensor, median: Tensor) -> Tensor:
     return (magnitude > MASSIVE_VALUE) & (magnitude >= MASSIVE_FACTOR * median)
+
+
+def _histogram(x: Tensor) -> np.ndarray:
+    """(110,) uint32 counts of |x| by `BIN_EDGES`."""
+    edges = torch.from_numpy(BIN_EDGES).to(x.device, torch.float32)
+    bins = torch.bucketize(x.float().abs().flatten(), edges, right=True)
+    return torch.bincount(bins, minlength=len(BIN_EDGES) + 1).cpu().numpy().astype(np.uint32)
 
 
 def _describe(x: Tensor) -> np.ndarray:

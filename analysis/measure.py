@@ -41,6 +41,8 @@ __all__ = [
     "PartsOnDisk",
     "StepDone",
     "finish_metric",
+    "kept_arrays",
+    "kept_arrays",
     "part_path",
     "run_metric",
     "run_step",
@@ -359,6 +361,11 @@ def finish_metric(metric: Metric, ctx: MeasureContext, parts_dir: str | Path) ->
             f"{metric.NAME}: {len(missing)} of {len(plan)} steps are missing, such as {missing[0]!r}"
         )
     return [_plain(r) for r in metric.finish(ctx, PartsOnDisk(parts_dir, plan))]
+
+
+def kept_arrays(metric: Metric, ctx: MeasureContext, parts_dir: str | Path) -> dict[str, np.ndarray]:
+    """What stays of a finished run beside its rows; may be called again."""
+    return metric.keep(ctx, PartsOnDisk(parts_dir, metric.plan(ctx)))
 
 
 def run_metric(

@@ -1,13 +1,15 @@
-"""What a weight itself shows: histogram and eigenvalue spectrum of one unit, read on demand from the checkpoint."""
+"""Why a unit is sensitive: its weight, read on demand from the checkpoint, and the inputs that a metric has seen."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from bitatlas.analysis.schema import ModelIndex, UserError
+from bitatlas.app import studies
+from bitatlas.app.views import unit_inputs
 from bitatlas.app.views.unit import Evidence
 
-__all__ = ["MOST_WEIGHTS", "weight_evidence"]
+__all__ = ["MOST_WEIGHTS", "input_evidence", "weight_evidence"]
 
 MOST_WEIGHTS = 1 << 26
 """A page answers within seconds; larger units wait for the ``spectral`` metric."""
@@ -38,3 +40,13 @@ def weight_evidence(index: ModelIndex, unit: int, bins: int = 101) -> Evidence:
         counts, edges, eigenvalues, fit.alpha, fit.sigma, fit.xmin, fit.tail,
         float((z.astype(np.float64) ** 4).mean() - 3), float((np.abs(z) > 6).mean()),
     )  # fmt: skip
+
+
+def input_evidence(study: studies.Study, unit: int) -> unit_inputs.InputsView | None:
+    """Histogram of a unit's inputs from the newest run that kept one; None when none did.
+
+    Raises:
+        UserError: the run's file is damaged.
+    """
+    run = study.runs.get(unit_inputs.METRIC)
+    return unit_inputs.build(studies.open_store().arrays(run.run), unit) if run else None

@@ -3,7 +3,7 @@
 One folder, the same for the safety copy (``$BITATLAS_HOME/parquet``) and for a study that is shipped::
 
     models/<digest>.parquet   runs/<run>.parquet   candidates/<run>.parquet
-    allocations/<id>.json     verifications/<id>.json     frontiers/<id>.npz
+    allocations/<id>.json     verifications/<id>.json     frontiers/<id>.npz     arrays/<run>.npz
 """
 
 from __future__ import annotations

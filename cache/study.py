@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from bitatlas.analysis.schema import Allocation, UserError
+from bitatlas.cache.arrays import Arrays, read_arrays
 from bitatlas.cache.arrow import DAMAGE, insert
 from bitatlas.cache.copies import Copies, read_table
 from bitatlas.cache.frontier_file import decode_frontier
@@ -71,6 +72,10 @@ def _frontier(con: Any, path: Path) -> None:
     insert_frontier(con, path.stem, note["model"], note["run"], note["at"], decode_frontier(body), body)
 
 
+def _arrays(con: Any, path: Path) -> None:
+    read_arrays(path)  # they stay files; only sound ones are taken over
+
+
 def load_folder(con: Any, root: Path, model_path: str | None = None, strict: bool = True) -> dict[str, int]:
     """Load every copy below ``root`` through an open connection; what is known already stays.
 
@@ -91,6 +96,7 @@ def load_folder(con: Any, root: Path, model_path: str | None = None, strict: boo
         "models": (".parquet", lambda c, p: _model(c, p, model_path)),
         "runs": (".parquet", _run),
         "candidates": (".parquet", _candidates),
+        "arrays": (".npz", _arrays),
         "allocations": (".json", _allocation),
         "verifications": (".json", _verification),
         "frontiers": (".npz", _frontier),
@@ -119,7 +125,7 @@ def restore(root: Path) -> Callable[[Any], None]:
     return load
 
 
-class Studies(Models, Runs, Plans, Verifications):
+class Studies(Models, Runs, Plans, Verifications, Arrays):
     """`import_study`, `export_study`."""
 
     def import_study(self, folder: Path, model_path: str | None = None) -> dict[str, int]:
@@ -151,7 +157,8 @@ class Studies(Models, Runs, Plans, Verifications):
         index = self.model(model_digest)
         target.model(replace(index, path=index.name))
         runs = [r.run for r in self.runs(model_digest) if r.finished is not None]
-        names = {("runs", f"{r}.parquet") for r in runs} | {("candidates", f"{r}.parquet") for r in runs}
+        names = {(kind, f"{r}.parquet") for r in runs for kind in ("runs", "candidates")}
+        names |= {("arrays", f"{r}.npz") for r in runs}
         names |= {("allocations", f"{a.id}.json") for a in self.allocations(model_digest)}
         names |= {("verifications", f"{v['id']}.json") for v in self.verifications(model_digest)}
         for f in self.frontiers(model_digest):

@@ -93,6 +93,10 @@ class Metric(ABC):
         """Rows that need all steps together; none by default. ``parts`` holds every key of the plan."""
         return []
 
+    def keep(self, ctx: MeasureContext, parts: Parts) -> dict[str, np.ndarray]:
+        """Small arrays that stay with the finished run, in the store and in shipped studies; none by default."""
+        return {}
+
     @abstractmethod
     def cost(self, ctx: MeasureContext) -> Cost:
         """What a run takes; headers and settings only, nothing is loaded."""

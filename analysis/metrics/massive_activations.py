@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bitatlas.analysis.cost import checkpoint_bytes
-from bitatlas.analysis.input_profile import input_profile
+from bitatlas.analysis.input_profile import BIN_EDGES, input_profile
 from bitatlas.analysis.measure import MeasureContext
 from bitatlas.analysis.metrics.base import Cost, Metric, Parts, StepResult
 from bitatlas.analysis.schema import NO_FORMAT, DamageRow
@@ -26,6 +26,9 @@ class MassiveActivations(Metric):
     and maximum are over the tokens and channels of one sequence. ``massive_stream`` stands at every unit of the
     block and is unknown outside the blocks, or where a model is no plain stack of them. A count of zero is a fact;
     a unit that no token reached is unknown. ``count`` is tokens.
+
+    The run keeps a histogram of every unit's |x| over all calibration tokens, in bins that are the same for every
+    model (`BIN_EDGES`): what the page of a unit draws.
     """
 
     NAME = "massive_activations"
@@ -36,7 +39,7 @@ class MassiveActivations(Metric):
     ADDITIVE = False
     PER_FORMAT = False
     EMITS = ("massive_activations", "activation_spike", "activation_top", "massive_stream")
-    VERSION = 1
+    VERSION = 2
 
     def plan(self, ctx: MeasureContext) -> list[str]:
         """Chunks of sequences."""
@@ -45,7 +48,16 @@ class MassiveActivations(Metric):
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
         """Arrays (B, U) and (B, L) of `input_profile`."""
         found = input_profile(ctx, key)
-        return StepResult(arrays={n: found[n] for n in ("tokens", "top", "median", "massive", "stream")})
+        return StepResult(
+            arrays={n: found[n] for n in ("tokens", "top", "median", "massive", "stream", "histogram")}
+        )
+
+    def keep(self, ctx: MeasureContext, parts: Parts) -> dict[str, np.ndarray]:
+        """``counts`` (U, 110) int64 of all steps together, and their ``edges`` (109,)."""
+        counts = np.zeros((len(ctx.index.units), len(BIN_EDGES) + 1), np.int64)
+        for key in parts:
+            counts += parts[key]["histogram"]
+        return {"edges": BIN_EDGES, "counts": counts}
 
     def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
         """Sums and means over the sequences."""

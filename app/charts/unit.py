@@ -7,8 +7,9 @@ import plotly.graph_objects as go
 
 from bitatlas.app.theme import Palette, template
 from bitatlas.app.views.unit import Evidence, UnitView
+from bitatlas.app.views.unit_inputs import InputsView
 
-__all__ = ["damage_curve", "histogram", "spectrum"]
+__all__ = ["damage_curve", "histogram", "input_histogram", "spectrum"]
 
 _POINTS = 600  # of a spectrum; more than a chart has pixels for
 
@@ -52,6 +53,22 @@ def histogram(evidence: Evidence, p: Palette) -> go.Figure:
                               hovertemplate="%{x:.3~g}<br>%{y:,} weights<extra></extra>"))  # fmt: skip
     figure.update_layout(template=template(p), height=300, bargap=0, dragmode=False, xaxis={"title": "weight"},
                          yaxis={"title": "weights", "type": "log"})  # fmt: skip
+    return figure
+
+
+def input_histogram(view: InputsView, p: Palette) -> go.Figure:
+    """Inputs by magnitude, both axes logarithmic."""
+    log = np.log10(view.edges)
+    figure = go.Figure(go.Bar(
+        x=(log[1:] + log[:-1]) / 2, y=view.counts, width=np.diff(log), marker={"color": p.accent, "line": {"width": 0}},
+        customdata=np.stack([view.edges[:-1], view.edges[1:]], 1),
+        hovertemplate="%{customdata[0]:.3~g} to %{customdata[1]:.3~g}<br>%{y:,} inputs<extra></extra>",
+    ))  # fmt: skip
+    # Bars of even width need a linear axis of exponents.
+    ticks = np.arange(np.floor(log[0]), np.ceil(log[-1]) + 1) if len(log) else np.zeros(0)
+    names = [f"{10.0**t:g}" for t in ticks]
+    figure.update_layout(template=template(p), height=300, bargap=0, dragmode=False,
+                         xaxis={"title": "|input|", "tickvals": ticks, "ticktext": names}, yaxis={"title": "inputs", "type": "log"})  # fmt: skip
     return figure
 
 

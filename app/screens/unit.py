@@ -10,7 +10,7 @@ from bitatlas.app import evidence, state
 from bitatlas.app.charts import unit as charts
 from bitatlas.app.selection import Selection
 from bitatlas.app.studies import Study
-from bitatlas.app.views import metric_agreement
+from bitatlas.app.views import metric_agreement, unit_inputs
 from bitatlas.app.views import unit as views
 from bitatlas.app.views.fit_controls import preferred
 from bitatlas.app.widgets.boxes import empty_state, error_box
@@ -89,21 +89,24 @@ def _everything(study: Study, view: views.UnitView) -> None:
 
 
 def _evidence(study: Study, view: views.UnitView) -> None:
-    """Histogram and spectrum, read from the checkpoint when asked for."""
+    """Histograms and spectrum; the matrix is read from the checkpoint when asked for."""
     if not st.toggle(
-        "Weight histogram and eigenvalue spectrum",
+        "Histograms of weights and inputs, eigenvalue spectrum",
         key="weights",
         bind="query-params",
-        help="Reads this one matrix from the checkpoint.",
+        help="Reads this one matrix from the checkpoint; the inputs were seen by a metric.",
     ):
         cli_twin(command("measure", study.index.path, metric="spectral"))
         return
+    left, middle, right = st.columns(3, gap="large")
+    with middle:
+        _inputs(study, view)
     try:
         found = _weight(study.index.digest, view.unit, study)
     except UserError as e:
-        error_box(e)
+        with left:
+            error_box(e)
         return
-    left, right = st.columns(2, gap="large")
     with left:
         st.caption(
             f"{found.outliers:.2%} of the weights lie beyond six standard deviations; excess kurtosis {found.kurtosis:.1f}"
@@ -114,6 +117,22 @@ def _evidence(study: Study, view: views.UnitView) -> None:
             f"{found.tail} of {len(found.eigenvalues)} eigenvalues in the tail; below 2 is called over-trained, above 6 under-trained"
         )
         st.plotly_chart(charts.spectrum(found, current_palette()), key="spectrum", theme=None, config=_CONFIG, alt="Eigenvalues with the power-law fit")  # fmt: skip
+
+
+def _inputs(study: Study, view: views.UnitView) -> None:
+    """Histogram of the unit's inputs, or how to get one."""
+    try:
+        found = evidence.input_evidence(study, view.unit)
+    except UserError as e:
+        error_box(e)
+        return
+    if found is None:
+        st.caption("A histogram of this unit's inputs stands here once they have been watched:")
+        cli_twin(command("measure", study.index.path, metric=unit_inputs.METRIC, calibration="TEXT"))
+        return
+    st.caption(found.words)
+    if found.total:
+        st.plotly_chart(charts.input_histogram(found, current_palette()), key="input_histogram", theme=None, config=_CONFIG, alt=found.words)  # fmt: skip
 
 
 @st.cache_data(

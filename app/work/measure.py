@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from bitatlas.analysis.measure import MeasureContext, finish_metric, run_step, step_saved
+from bitatlas.analysis.measure import MeasureContext, finish_metric, kept_arrays, run_step, step_saved
 from bitatlas.analysis.metrics import get_metric
 from bitatlas.analysis.metrics.base import Metric
 from bitatlas.analysis.schema import DamageRow, Provenance, parse_format
@@ -114,6 +114,7 @@ class MeasureWork(Work):
         if step == _FINISH:
             self._ahead.close()  # memory for what comes next
             rows = finish_metric(metric, self.context, parts)
+            Store(self.home).put_arrays(run, kept_arrays(metric, self.context, parts))
             self._finished.append(name)
         else:
             if metric.NEEDS == "weights":

@@ -213,7 +213,12 @@ def test_study_goes_to_another_home(store, index, rows, tmp_path):
 
     fill(store, index, rows)
     store.begin_run("unfinished", D, "x")
+    kept = {"edges": np.array([1.0, 2.0]), "counts": np.arange(9).reshape(3, 3)}
+    for run in ("r1", "unfinished"):
+        store.put_arrays(run, kept)
+    store.put_arrays("r1", {})  # nothing to keep is nothing lost
     assert store.export_study(D, tmp_path / "study") >= 6
+    assert [p.name for p in (tmp_path / "study" / "arrays").iterdir()] == ["r1.npz"]
     assert "/models/tiny" not in "".join(
         p.read_bytes().decode("latin1") for p in (tmp_path / "study").rglob("*.*")
     )
@@ -226,16 +231,20 @@ def test_study_goes_to_another_home(store, index, rows, tmp_path):
         assert a[name] == b[name], name
     rebuild(other.home)
     assert dump(other)["damage"] == a["damage"]
+    assert {n: v.tolist() for n, v in other.arrays("r1").items()} == {n: v.tolist() for n, v in kept.items()}
+    assert other.arrays("unfinished") == {}
     with pytest.raises(UserError, match="not a study folder"):
         other.import_study(tmp_path / "nothing")
 
 
-def test_a_bad_study_file_loads_nothing(store, index, rows, tmp_path):
+@pytest.mark.parametrize("file", ["runs/r1.parquet", "arrays/r1.npz"])
+def test_a_bad_study_file_loads_nothing(store, index, rows, tmp_path, file):
     from bitatlas.cache.paths import Home
 
     fill(store, index, rows)
+    store.put_arrays("r1", {"counts": np.zeros(3)})
     store.export_study(D, tmp_path / "study")
-    (tmp_path / "study" / "runs" / "r1.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "study" / file).write_bytes(b"PAR1 not really")
     other = Store(Home(tmp_path / "other"))
     with pytest.raises(UserError, match="cannot be read"):
         other.import_study(tmp_path / "study")

@@ -8,7 +8,8 @@ import torch
 from conformance_metric import Case, MetricConformance
 
 from bitatlas.analysis import sequences
-from bitatlas.analysis.measure import run_metric
+from bitatlas.analysis.input_profile import BIN_EDGES
+from bitatlas.analysis.measure import kept_arrays, run_metric
 from bitatlas.analysis.metrics import get_metric
 from bitatlas.analysis.metrics.activation_magnitude import ActivationMagnitude
 from bitatlas.analysis.metrics.massive_activations import MassiveActivations
@@ -84,10 +85,17 @@ def test_spikes_and_massive_activations_equal_the_naive_count(context, tmp_path)
             if u.role == "up":
                 ctx.loaded.handle(u.key).get()[3] *= 3e4
         rows = {(r.metric, r.unit): r for r in run_metric(MassiveActivations(), ctx, tmp_path)}
+        kept = kept_arrays(MassiveActivations(), ctx, tmp_path)
+        edges = kept["edges"].astype(np.float32)
+        assert kept["counts"].shape == (len(ctx.index.units), len(BIN_EDGES) + 1)
         seen, massive = seen_inputs(ctx), 0
-        for u in ctx.index.units:
+        for i, u in enumerate(ctx.index.units):
             if u.key not in seen:
+                assert not kept["counts"][i].any()
                 continue
+            every = np.abs(np.concatenate([x.ravel() for x in seen[u.key].values()]))
+            bins = [np.sum((every >= a) & (every < b)) for a, b in zip((0, *edges), (*edges, np.inf))]
+            np.testing.assert_array_equal(kept["counts"][i], bins)
             count, spikes = 0, []
             for x in seen[u.key].values():
                 a = np.sort(np.abs(x).ravel())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
 import bitatlas.app
+from bitatlas.analysis.schema import DamageRow
+from bitatlas.cache.store import Store
 
 MAIN = Path(next(iter(bitatlas.app.__path__))) / "main.py"
 
@@ -67,3 +70,21 @@ def test_experts_from_a_link(filled):
     assert "has the largest alpha" in heading(at)
     dense = open_page("experts", study=filled[0])
     assert "is dense" in heading(dense)
+
+
+def test_a_units_inputs_and_how_to_get_them(filled, home, tmp_path):
+    name = "model.layers.0.mlp.down_proj"
+    at = open_page("unit", study=filled[0], unit=name, weights="true")
+    assert any("--metric massive_activations" in c.value for c in at.code)
+    store = Store(home)
+    digest = next(m["digest"] for m in store.models() if filled[0].endswith(m["digest"][:8]))
+    index = store.model(digest)
+    store.begin_run("watched", digest, "massive_activations")
+    rows = [DamageRow("massive_activations", u.key, "-", 0.0, count=9) for u in index.units]
+    store.write_step("watched", "all", rows)
+    counts = np.tile([0, 60, 40, 0], (len(rows), 1))
+    store.put_arrays("watched", {"edges": np.array([0.1, 1.0, 10.0]), "counts": counts})
+    store.finish_run("watched")
+    at = open_page("unit", study=filled[0], unit=name, weights="true")
+    assert any("Half of the 100 values are below 1," in c.value for c in at.caption)
+    assert not any("--metric massive_activations" in c.value for c in at.code)

@@ -13,7 +13,7 @@ from bitatlas.app.charts import metric_agreement as metric_charts
 from bitatlas.app.charts import unit as unit_charts
 from bitatlas.app.studies import Study
 from bitatlas.app.theme import DARK, LIGHT
-from bitatlas.app.views import experts, metric_agreement, unit
+from bitatlas.app.views import experts, metric_agreement, unit, unit_inputs
 
 
 def free_table(index, name, values):
@@ -168,6 +168,35 @@ def test_charts_of_eighteen_thousand_experts_are_light(moe):
     figure = metric_charts.rank_scatter(two, "a", "b", moe.keys, LIGHT)
     assert sum(len(t.x) for t in figure.data) == len(two.ids)
     assert len(figure.to_json()) < 1_500_000
+
+
+def test_inputs_of_a_unit():
+    rng = np.random.default_rng(5)
+    edges = 2.0 ** np.arange(-6, 5)
+    values = np.concatenate([rng.lognormal(-1, 1, 50_000).clip(max=15), np.zeros(1_000), [40.0] * 3])
+    counts = np.array([np.sum((values >= a) & (values < b)) for a, b in zip((0, *edges), (*edges, np.inf))])
+    arrays = {"edges": edges, "counts": np.stack([np.zeros_like(counts), counts])}
+    view = unit_inputs.build(arrays, 1)
+    assert view.total == len(values) == view.below + view.above + view.counts.sum()
+    assert view.above == 3
+    assert view.below == np.sum(values < edges[0])
+    assert view.counts[0] > 0
+    assert view.counts[-1] > 0
+    assert len(view.edges) == len(view.counts) + 1
+    for told, q in ((view.median, 0.5), (view.rare, 0.9999)):
+        assert told / 2 <= np.quantile(values, q) <= told  # upper edge of the bin it falls in
+    assert f"{len(values):,} values" in view.words
+    assert "are zero or below" in view.words
+    figure = unit_charts.input_histogram(view, LIGHT)
+    assert sum(figure.data[0].y) == view.counts.sum()
+    np.testing.assert_allclose(10 ** (figure.data[0].x - figure.data[0].width / 2), view.edges[:-1])
+    unreached = unit_inputs.build(arrays, 0)
+    assert unreached.total == 0
+    assert "No calibration token" in unreached.words
+    assert unit_inputs.build({}, 0) is None
+    zeros = unit_inputs.build({"edges": edges, "counts": np.eye(len(edges) + 1, dtype=int)[:1] * 7}, 0)
+    assert (zeros.total, zeros.below, len(zeros.counts)) == (7, 7, 0)
+    assert not unit_charts.input_histogram(zeros, DARK).data[0].y.size
 
 
 def test_evidence_of_a_weight(tiny_checkpoint):
