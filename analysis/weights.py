@@ -19,6 +19,7 @@ from bitatlas.analysis.model_index import is_mxfp4, matrix_shape, scale_of
 from bitatlas.analysis.safetensors_header import TensorInfo, open_regular
 from bitatlas.analysis.scaled import dequantize_fp8, dequantize_mxfp4
 from bitatlas.analysis.schema import ModelIndex, QuantUnit
+from bitatlas.kernels import cpu_packing
 from bitatlas.kernels.errors import UserError
 
 __all__ = ["ALIGN", "BLOCK", "TORCH_DTYPES", "WeightReader", "oriented"]
@@ -111,13 +112,14 @@ class WeightReader:
             weight = weight.T
         if unit.interleaved and unit.part:
             weight = weight[first::2]
+        weight = weight.contiguous()
         _check_finite(unit.tensor, weight)
-        return weight.contiguous()
+        return weight
 
-    def blocks(self, unit: QuantUnit, columns: bool = False) -> Iterator[Tensor]:
-        """The unit as consecutive float32 blocks of rows, or of columns: some 16 MiB, a multiple of 128 wide but the last."""
+    def blocks(self, unit: QuantUnit, columns: bool = False, step: int = 0) -> Iterator[Tensor]:
+        """The unit as consecutive float32 blocks of ``step`` rows, or columns; by default some 16 MiB, a multiple of 128."""
         along, other = (unit.cols, unit.rows) if columns else (unit.rows, unit.cols)
-        step = max(BLOCK // other // ALIGN, 1) * ALIGN
+        step = step or max(BLOCK // other // ALIGN, 1) * ALIGN
         for start in range(0, along, step):
             part = start, min(start + step, along)
             yield self.window(unit, (0, unit.rows), part) if columns else self.window(unit, part)
@@ -158,12 +160,11 @@ class WeightReader:
             raw = self._bytes(shard, start, start + (b - a) * cols * dtype.itemsize)
         else:
             step, offset, length = cols * dtype.itemsize, c * dtype.itemsize, (d - c) * dtype.itemsize
-            raw = bytearray()
+            raw = torch.empty((b - a) * length, dtype=torch.uint8)
             for row in range(b - a):
                 at = start + row * step + offset
-                raw += self._bytes(shard, at, at + length)
-        tensor = torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(b - a, d - c)
-        return tensor.to(torch.float32)
+                raw[row * length : (row + 1) * length] = self._bytes(shard, at, at + length)
+        return raw.view(dtype).reshape(b - a, d - c).to(torch.float32)
 
     def kept(self, name: str) -> Tensor:
         """Any tensor of the checkpoint as it is stored: its own shape and dtype, a fresh copy.
@@ -200,17 +201,18 @@ class WeightReader:
         dtype = TORCH_DTYPES[info.dtype]
         if end == start:
             return torch.empty(shape, dtype=dtype)
-        raw = self._bytes(self.files.tensors[info.name][0], start, end)
-        tensor = torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)
+        tensor = self._bytes(self.files.tensors[info.name][0], start, end).view(dtype).reshape(shape)
         return tensor if as_stored else tensor.to(torch.float32)
 
-    def _bytes(self, shard: str, start: int, end: int) -> bytearray:
+    def _bytes(self, shard: str, start: int, end: int) -> Tensor:
         header = self.files.shards[shard]
         if shard not in self._open:
             self._open[shard] = open_regular(self.files.folder / shard)
         now = os.fstat(self._open[shard])
-        buffer = bytearray(end - start)
-        view, done = memoryview(buffer), 0
+        buffer = torch.empty(
+            end - start, dtype=torch.uint8
+        )  # unlike a bytearray, not filled with zeros first
+        view, done = buffer.numpy().data, 0
         if (now.st_size, now.st_mtime_ns) == (header.file_size, header.mtime_ns):
             while done < len(buffer):
                 count = os.preadv(self._open[shard], [view[done : done + (1 << 30)]], start + done)
@@ -244,6 +246,9 @@ class WeightReader:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
+    plain = tensor.dtype == torch.float32 and tensor.is_contiguous()
+    if plain and cpu_packing.available(tensor) and cpu_packing.finite(tensor):
+        return
     # torch has no such functions for one-byte floats.
     wide = tensor if tensor.element_size() > 1 else tensor.float()
     # NaN and Inf reach the extremes; looking there is three times faster than at each.

@@ -5,7 +5,8 @@ Every row starts at a whole word. Widths that do not divide 32 straddle words (t
 MLX and GPTQ's 3 bits).
 
 Eight codes of one byte each are read as one 64-bit lane and squeezed together in three shift-and-merge steps, so
-the cost is a dozen 64-bit operations for eight values at every width, on CPU and GPU alike.
+the cost is a dozen 64-bit operations for eight values at every width, on CPU and GPU alike. `cpu_packing` does the same
+in C, in one pass over the codes; the torch path here is its reference and stands in without a compiler.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 
 import torch
 from torch import Tensor
+
+from bitatlas.kernels import cpu_packing
 
 __all__ = ["gather_stream", "pack_codes", "pack_stream", "packed_words", "unpack_codes", "unpack_stream"]
 
@@ -36,8 +39,8 @@ def _check(bits: int) -> None:
         raise RuntimeError("bit packing needs a little-endian machine")
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """(rows, cols) uint8 codes -> (rows, words) int32, each row one bit stream padded with zero bits.
+def pack_codes(codes: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """(rows, cols) uint8 codes -> (rows, words) int32, each row one bit stream padded with zero bits; into ``out`` if given.
 
     Raises:
         ValueError: codes are not uint8, not 2-D, or do not fit into ``bits``.
@@ -47,10 +50,22 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"codes must be a (rows, cols) uint8 tensor, not {codes.dtype} {tuple(codes.shape)}")
     rows, cols = codes.shape
     words = packed_words(cols, bits)
+    if out is None:
+        out = torch.empty(rows, words, dtype=torch.int32, device=codes.device)
     if codes.numel() == 0:
-        return torch.zeros(rows, words, dtype=torch.int32, device=codes.device)
-    if bits < _MAX_BITS and int(codes.amax()) >> bits:
+        return out.zero_()
+    if cpu_packing.available(codes) and out.is_contiguous():
+        seen = cpu_packing.pack(codes, bits, out)
+    else:
+        seen = int(codes.amax())
+        out.copy_(_pack(codes, bits, words))
+    if seen >> bits:
         raise ValueError(f"codes up to {int(codes.amax())} do not fit into {bits} bits")
+    return out
+
+
+def _pack(codes: Tensor, bits: int, words: int) -> Tensor:
+    rows, cols = codes.shape
     padded = -cols % _PERIOD
     if padded:
         codes = torch.cat([codes, codes.new_zeros(rows, padded)], dim=1)
@@ -82,6 +97,15 @@ def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
     rows, words = packed.shape
     if rows == 0 or cols == 0:
         return torch.zeros(rows, cols, dtype=torch.uint8, device=packed.device)
+    return (
+        cpu_packing.unpack(packed, bits, cols)
+        if cpu_packing.available(packed)
+        else _unpack(packed, bits, cols)
+    )
+
+
+def _unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
+    rows, words = packed.shape
     missing = -words % bits  # up to the next whole period
     if missing:
         packed = torch.cat([packed, packed.new_zeros(rows, missing)], dim=1)

@@ -155,11 +155,12 @@ class Packer:
     def _pack(
         self, unit: PackedUnit, quantizer: UnitQuantizer, losses: dict[str, float]
     ) -> dict[str, Tensor]:
-        from bitatlas.kernels.packed.matrix import pack_blocks
+        from bitatlas.kernels.packed.matrix import block_rows, pack_blocks
 
         source, one = self._units[unit.key], quantizer.instance(unit.key, unit.fmt)
-        if unit.rows * unit.cols > WHOLE and not self._quantizer.FOLDS:
-            blocks = self._reader.blocks(source)  # an embedding is never in memory as float32
+        if not self._quantizer.FOLDS and (unit.rows * unit.cols > WHOLE or not unit.transposed):
+            # Never whole as float32, and still in the cache when it is rounded. Turned matrices are read in strips.
+            blocks = self._reader.blocks(source, step=block_rows(unit.cols))
         else:
             blocks = [quantizer.prepared(unit.key, self._reader.get(source))]
         out = pack_blocks(blocks, unit.rows, unit.cols, unit.fmt, one)
@@ -179,8 +180,12 @@ class Packer:
     @cached_property
     def _loaded(self) -> Any:
         from bitatlas.analysis.loaded import LoadedModel
+        from bitatlas.analysis.memory import give_back
 
-        return LoadedModel.open(self.index)
+        give_back()  # what the tokenizer took
+        loaded = LoadedModel.open(self.index)
+        give_back()  # the weights as they were stored
+        return loaded
 
     def _source(self, units: list[QuantUnit]) -> InputSource:
         from bitatlas.analysis.input_stats import InputSource

@@ -24,6 +24,7 @@ from bitatlas.kernels.reference import Quantized, dequantize, quantize_dequantiz
 
 __all__ = [
     "PackedMatrix",
+    "block_rows",
     "pack_blocks",
     "pack_quantized",
     "pack_weight",
@@ -112,7 +113,8 @@ def pack_blocks(
             continue
         for q in _quantised_blocks(block, fmt, quantize):
             here = slice(at, at + len(q.codes))
-            out["codes"][here], out["scales"][here] = pack_codes(q.codes, fmt.bits), q.scales
+            pack_codes(q.codes, fmt.bits, out["codes"][here])
+            out["scales"][here] = q.scales
             for name, part in _outliers(q).items():
                 out[name][here] = part
             at = here.stop
@@ -140,8 +142,13 @@ def quantised_weight(weight: Tensor, fmt: Format, quantize: Callable[[Tensor, Fo
 def _quantised_blocks(
     weight: Tensor, fmt: Format, quantize: Callable[[Tensor, Format], Quantized]
 ) -> Iterator[Quantized]:
-    for block in weight.split(max(_BLOCK_WEIGHTS // max(weight.shape[1], 1), 1)):
+    for block in weight.split(block_rows(weight.shape[1])):
         yield quantize(block, fmt)
+
+
+def block_rows(cols: int) -> int:
+    """Rows of ``cols`` weights that are quantised at a time; blocks that come so are not divided again."""
+    return max(_BLOCK_WEIGHTS // max(cols, 1), 1)
 
 
 class PackedMatrix(nn.Module):

@@ -84,8 +84,10 @@ def test_a_step_is_a_shard_and_finished_ones_are_not_repeated(
     first.run("shard-00002")
     second = Packer(index, allocate(index), tmp_path / "packed", shard_bytes=6_000)
     seen: list[str] = []
-    get = second._reader.get
-    monkeypatch.setattr(second._reader, "get", lambda unit: seen.append(unit.key) or get(unit))
+    blocks = second._reader.blocks
+    monkeypatch.setattr(
+        second._reader, "blocks", lambda unit, **how: seen.append(unit.key) or blocks(unit, **how)
+    )
     for key in second.plan():
         second.run(key)
     second.finish()

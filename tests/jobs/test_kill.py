@@ -39,7 +39,9 @@ def kill_at_random(bench, kills: int, steps: int, seed: int) -> None:
                 done = bench.jobs.job(job).done
                 if run in {r.run for r in store.runs()}:
                     assert len(store.steps_done(run) - {"(finish)"}) >= done
-                    seen.setdefault(run, {}).update({(r.metric, r.unit, r.format): r.value for r in store.rows(run)})
+                    seen.setdefault(run, {}).update(
+                        {(r.metric, r.unit, r.format): r.value for r in store.rows(run)}
+                    )
             time.sleep(rng.uniform(0.0, 0.3))
         killed += bench.kill_workers()
         bench.until(lambda: not bench.engines(), 10, "engines die with their worker")
