@@ -5,6 +5,7 @@ import pytest
 
 from bitatlas.analysis.schema import UserError
 from bitatlas.app.jobs.service import JobRequest, Jobs
+from bitatlas.app.jobs.session import thread_limits
 from bitatlas.cache.store import Store
 
 
@@ -14,6 +15,14 @@ def test_same_request_same_id():
     assert len(a.id) == 16
     assert a.id != JobRequest("k", {"x": 2, "y": [2]}).id
     assert a.id != JobRequest("l", {"x": 1, "y": [2]}).id
+
+
+def test_both_libraries_get_the_threads_that_the_user_named(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert set(thread_limits({}).values()) == {"8"}
+    assert set(thread_limits({"OMP_NUM_THREADS": "1"}).values()) == {"1"}
+    monkeypatch.setenv("BITATLAS_PARALLEL_JOBS", "4")
+    assert set(thread_limits({}).values()) == {"2"}
 
 
 def test_a_job_from_submit_to_result(calm):
