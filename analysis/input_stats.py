@@ -7,6 +7,7 @@ fit into a memory limit; every batch costs one pass of the calibration text thro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ _SHARED = {"q": "attention", "k": "attention", "v": "attention", "q_a": "attenti
 _BATCH_TOKENS = 1024  # with a large vocabulary, logits are what takes the memory
 
 
+class _Reached(Exception):
+    """The last layer that was asked for has been passed."""
+
+
 def input_key(unit: QuantUnit) -> tuple[int, int, str]:
     """Equal for units that see the same input."""
     return unit.layer, unit.expert, _SHARED.get(unit.role, unit.key)
@@ -33,7 +38,7 @@ def collect_inputs(
 ) -> dict[str, InputStats]:
     """Unit -> its input statistics from one pass of ``tokens`` (S, T). An expert nobody chose has 0 tokens.
 
-    Embeddings are left out: a look-up has no input. The head is run only where it is asked for.
+    Embeddings are left out: a look-up has no input. The model is run as far as the units go.
     """
     wanted = [u for u in units if u.role != "embed"]
     first: dict[tuple[int, int, str], QuantUnit] = {}
@@ -43,17 +48,23 @@ def collect_inputs(
     sums = {key: torch.zeros(u.cols, u.cols) for key, u in first.items()}
     counts = dict.fromkeys(first, 0)
 
+    head = any(u.layer < 0 for u in wanted)
+    last = max((u.layer for u in wanted), default=-1)
+    behind = [] if head else [u.key for u in loaded.index.units if u.layer == last + 1]
+
     def add(unit: str, x: Tensor, token: Tensor, weight: Tensor | None) -> None:
+        if unit not in key_of:
+            raise _Reached
         key, flat = key_of[unit], x.float()
         sums[key].addmm_(flat.T.cpu(), flat.cpu())
         counts[key] += len(flat)
 
     step = max(1, batch_tokens // tokens.shape[1])
-    head = any(u.layer < 0 for u in wanted)
-    with torch.no_grad(), loaded.capture(add, key_of):
+    with torch.no_grad(), loaded.capture(add, [*key_of, *behind]):
         for start in range(0, len(tokens), step):
             ids = torch.from_numpy(np.ascontiguousarray(tokens[start : start + step]))
-            loaded.logits(ids) if head else loaded.run_body(ids)
+            with suppress(_Reached):
+                loaded.logits(ids) if head else loaded.run_body(ids)
     return {u.key: InputStats(sums[input_key(u)], counts[input_key(u)]) for u in wanted}
 
 

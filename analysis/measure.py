@@ -199,6 +199,15 @@ class MeasureContext:
         else:
             yield from self.reader.blocks(unit)
 
+    def largest(self, unit: QuantUnit) -> Tensor | None:
+        """The largest |w| of a unit, where a format has one scale for the matrix and blocks have to share it."""
+        if not any(f.per_tensor for f in self.formats):
+            return None
+        found: Tensor = self.of_unit(
+            unit, "largest", lambda: max((b.abs().amax() for b in self.blocks(unit)), key=float)
+        )
+        return found
+
     def slabs(self, unit: QuantUnit) -> Iterator[Tensor]:
         """The weight as consecutive (n, min(rows, cols)) blocks along its longer side; sum of B^T B is its Gram."""
         if unit.params <= WHOLE:

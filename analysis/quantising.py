@@ -126,8 +126,10 @@ class UnitQuantizer:
 
     def effective(self, unit: str, weight: Tensor, fmt: Format) -> Tensor:
         """(rows, cols) float32: what stands in for the original weight after packing, folds undone."""
-        out = quantised_weight(self.prepared(unit, weight), fmt, self.instance(unit, fmt))
-        return self.folding.undo(unit, out)
+        prepared, one = self.prepared(unit, weight), self.instance(unit, fmt)
+        if fmt.per_tensor:
+            one.largest = prepared.abs().amax()
+        return self.folding.undo(unit, quantised_weight(prepared, fmt, one))
 
 
 def _searched(

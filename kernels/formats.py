@@ -7,7 +7,8 @@ A format's bytes are exact: what `kernels.packed` writes for a matrix is what `p
   of 128 are 4.5, so 5 groups);
 - zeros (asymmetric only): one ``bits``-wide code per row and group, all rows in one bit stream padded to
   32-bit words;
-- formats with a table (NF4, FP4, MXFP4, FP8) store codes and scales in the same way, MXFP4 one byte per scale;
+- formats with a table (NF4, FP4, MXFP4, FP8) store codes and scales in the same way, MXFP4 one byte per scale,
+  ``fp8-tensor`` one scale for the whole matrix;
 - outliers (``-o1`` = 1 % of the weights): the same number in every row, each a float16 value and a 16-bit column
   (32-bit beyond 65 536 columns). A fixed number per row needs no row pointers and makes bytes known beforehand.
 """
@@ -35,7 +36,7 @@ class Format:
     """A way to store a (rows, cols) matrix. Groups run along the columns (the input dimension).
 
     Attributes:
-        name: ``int4-g64`` (asymmetric), ``int4-g64-sym``, ``int8-channel``, ``int3-g64-o1``, ``nf4-g64``, ``mxfp4``, ``bf16``.
+        name: ``int4-g64`` (asymmetric), ``int4-g64-sym``, ``int8-channel``, ``int3-g64-o1``, ``nf4-g64``, ``mxfp4``, ``fp8-tensor``, ``bf16``.
         bits: width of one code; 16 for the pass-through types.
         group_size: columns that share a scale; None = the whole row ("channel"), also for ``bf16``.
         symmetric: no zero point is stored.
@@ -44,6 +45,7 @@ class Format:
         codebook: ``nf4``, ``fp4`` or ``fp8``, the table of a codebook format.
         scale: ``fp16``, or ``e8m0`` for powers of two in one byte.
         outliers: weights per thousand that are stored as they are.
+        per_tensor: the matrix has a single scale; ``group_size`` is None.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Format:
     codebook: str = ""
     scale: str = "fp16"
     outliers: int = 0
+    per_tensor: bool = False
 
     @property
     def qmax(self) -> int:
@@ -66,6 +69,10 @@ class Format:
             return 0
         return 1 if self.group_size is None else -(-cols // self.group_size)
 
+    def scale_rows(self, rows: int) -> int:
+        """Rows of scales that a matrix of ``rows`` rows has."""
+        return 1 if self.per_tensor else rows
+
     def code_bytes(self, rows: int, cols: int) -> int:
         """Bytes of the codes alone, each row padded to whole 32-bit words."""
         if self.kind == "float":
@@ -74,7 +81,7 @@ class Format:
 
     def scale_bytes(self, rows: int, cols: int) -> int:
         """Bytes of the scales."""
-        return rows * self.groups(cols) * (1 if self.scale == "e8m0" else _SCALE_BITS // 8)
+        return self.scale_rows(rows) * self.groups(cols) * (1 if self.scale == "e8m0" else _SCALE_BITS // 8)
 
     def outlier_count(self, cols: int) -> int:
         """Outliers in each row of ``cols`` columns, rounded up."""
@@ -123,6 +130,7 @@ FORMATS: dict[str, Format] = {
         *(_table_format(f"fp4-g{g}", 4, g, "fp4") for g in (16, 32)),
         _table_format("mxfp4", 4, 32, "fp4", "e8m0"),
         _table_format("fp8-channel", 8, None, "fp8"),
+        Format("fp8-tensor", 8, None, True, "codebook", "fp8", per_tensor=True),
         Format("bf16", 16, None, True, "float"),
         Format("fp16", 16, None, True, "float"),
     )
@@ -141,7 +149,7 @@ def parse_format(name: str) -> Format:
         raise UserError(
             f"there is no format called {name!r}",
             found=f"nearest: {', '.join(near) or 'none'}",
-            fix="run `bitatlas formats` for the list; the pattern is int{2,3,4,5,6,8}-{g32,g64,g128,channel}[-sym]; nf4-g64, fp4-g32, mxfp4, fp8-channel, int3-g64-o1",
+            fix="run `bitatlas formats` for the list; the pattern is int{2,3,4,5,6,8}-{g32,g64,g128,channel}[-sym]; nf4-g64, fp4-g32, mxfp4, fp8-channel, fp8-tensor, int3-g64-o1",
         )
     return found
 

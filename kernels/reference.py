@@ -42,7 +42,7 @@ class Quantized:
 
     Attributes:
         codes: (rows, cols) uint8, unsigned codes in [0, 2^bits - 1].
-        scales: (rows, groups) float16; uint8 exponents for E8M0.
+        scales: (rows, groups) float16, (1, 1) for one scale per tensor; uint8 exponents for E8M0.
         zeros: (rows, groups) uint8, or None for symmetric formats (z = 2^(bits-1) is implied).
         format: the format.
         columns, values: (rows, outliers) int64 and float16, or None: weights that are stored as they are.
@@ -131,23 +131,29 @@ def outlier_columns(weight: Tensor, fmt: Format, importance: Tensor | None = Non
     return score.topk(fmt.outlier_count(weight.shape[1]), dim=1).indices.sort(1).values
 
 
-def quantize(weight: Tensor, fmt: Format) -> Quantized:
+def quantize(weight: Tensor, fmt: Format, largest: Tensor | None = None) -> Quantized:
     """Round-to-nearest codes of a (rows, cols) float matrix.
+
+    Args:
+        weight: the matrix, or some of its rows.
+        largest: the largest |w| of the whole matrix; only formats with one scale for it look at this.
 
     Raises:
         UserError: the weight holds NaN or Inf, or the format is a pass-through type.
     """
     if fmt.kind == "float":
         raise UserError(f"{fmt.name} stores weights as they are; there is nothing to quantise")
-    return with_outliers(weight, fmt, lambda w: _quantize(w, fmt))
+    return with_outliers(weight, fmt, lambda w: _quantize(w, fmt, largest))
 
 
-def _quantize(weight: Tensor, fmt: Format) -> Quantized:
+def _quantize(weight: Tensor, fmt: Format, tensor_largest: Tensor | None) -> Quantized:
     w = weight.detach().to(torch.float32)
     if fmt.kind == "codebook":
         g = _grouped(w, fmt.group_size or w.shape[1])
         largest = g.abs().amax(-1)
         _refuse_odd(w, largest)
+        if fmt.per_tensor:
+            largest = (largest.amax() if tensor_largest is None else tensor_largest).reshape(1, 1)
         scales = scale_of(largest, fmt)
         codes = nearest(g / scale_values(scales).unsqueeze(-1), fmt.codebook)
         return Quantized(codes.reshape(w.shape[0], -1)[:, : w.shape[1]].contiguous(), scales, None, fmt)
@@ -174,7 +180,7 @@ def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     return out.to(dtype)
 
 
-def quantize_dequantize(weight: Tensor, fmt: Format) -> Tensor:
+def quantize_dequantize(weight: Tensor, fmt: Format, largest: Tensor | None = None) -> Tensor:
     """What the weight becomes under ``fmt``: (rows, cols) float32. Pass-through types only round.
 
     The same numbers as `dequantize` of `quantize`, to the last bit, without making the codes.
@@ -186,7 +192,7 @@ def quantize_dequantize(weight: Tensor, fmt: Format) -> Tensor:
         dtype = torch.bfloat16 if fmt.name == "bf16" else torch.float16
         return weight.detach().to(dtype).to(torch.float32)
     if fmt.kind != "int":
-        return dequantize(quantize(weight, fmt))
+        return dequantize(quantize(weight, fmt, largest))
     w = weight.detach().to(torch.float32)
     g, scales, zero = _grid(w, fmt)
     q = _codes(g, scales, zero, fmt)

@@ -101,7 +101,7 @@ def _read(
 @triton.jit
 def decode_kernel(
     q, k_words, k_scale, k_low, v_words, v_scale, v_low, out, top, total,
-    tokens, k_dim, v_dim, k_n, v_n, block, group, chunk, splits, scaling,
+    first, tokens, k_dim, v_dim, k_n, v_n, block, group, chunk, splits, scaling,
     K_BITS: tl.constexpr, K_CHANNEL: tl.constexpr, V_BITS: tl.constexpr, V_CHANNEL: tl.constexpr,
     G: tl.constexpr, T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
@@ -117,8 +117,9 @@ def decode_kernel(
     peak = tl.full((G,), float("-inf"), tl.float32)
     weight = tl.zeros((G,), tl.float32)
     result = tl.zeros((G, DV), tl.float32)
-    stop = tl.minimum(split * chunk + chunk, tokens)
-    for start in range(split * chunk, stop, T):
+    begin = first + split * chunk
+    stop = tl.minimum(begin + chunk, tokens)
+    for start in range(begin, stop, T):
         t = start + tl.arange(0, T)
         seen = t < stop
         key = _read(k_words, k_scale, k_low, head, t, tokens, block, dk, k_dim, k_n,
@@ -166,6 +167,7 @@ def decode_attention(
     scaling: float,
     chunk: int = 512,
     tile: int = 32,
+    first: int = 0,
 ) -> Tensor:
     """Attention of one new token over packed and plain keys.
 
@@ -174,6 +176,7 @@ def decode_attention(
         k, v: packed part. k_plain, v_plain: the 16-bit window, (B, H, n, D), the new token in it.
         scaling: of the scores.
         chunk: packed tokens of one program; tile: of one step of it.
+        first: packed tokens before it are not looked at (a window that slides over blocks).
 
     Returns:
         (B, heads, DV) in q's type.
@@ -181,12 +184,12 @@ def decode_attention(
     b, heads, d = q.shape
     h, tokens, dv = k.words.shape[1], k.tokens, v.dim
     group = heads // h
-    splits = triton.cdiv(tokens, chunk)
+    splits = triton.cdiv(max(tokens - first, 0), chunk)
     shape = (b, heads, splits)
     out = torch.zeros(*shape, dv, dtype=torch.float32, device=q.device)
     top = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
     total = torch.zeros(shape, dtype=torch.float32, device=q.device)
-    if tokens:
+    if splits:
         sizes = (
             max(16, triton.next_power_of_2(group)),
             tile,
@@ -195,7 +198,7 @@ def decode_attention(
         )
         decode_kernel[(b * h, splits)](
             q.contiguous(), k.words.view(torch.uint32), k.scale, k.low, v.words.view(torch.uint32), v.scale, v.low,
-            out, top, total, tokens, d, dv, k.words.shape[3], v.words.shape[3], k.block, group, chunk, splits, scaling,
+            out, top, total, first, tokens, d, dv, k.words.shape[3], v.words.shape[3], k.block, group, chunk, splits, scaling,
             k.fmt.bits, k.fmt.axis == "channel", v.fmt.bits, v.fmt.axis == "channel", *sizes,
         )  # fmt: skip
     # The window is short: torch does it, as one more split.

@@ -79,7 +79,7 @@ class AlphaQ(UnitMetric):
             total += float(block.sum(dtype=torch.float64))
             square += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
             if measured:
-                distortion += [squared_error(block, f) for f in ctx.formats]
+                distortion += [squared_error(block, f, ctx.largest(unit)) for f in ctx.formats]
         if not measured:
             energy = square - total * total / unit.params  # n times the population variance
             distortion[:] = [energy * 2.0 ** (-2 * f.bits) for f in ctx.formats]

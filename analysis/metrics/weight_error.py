@@ -37,11 +37,11 @@ class WeightError(UnitMetric):
 
     def look(self, ctx: MeasureContext, unit: QuantUnit) -> StepResult:
         """Reads the unit once and rounds it to every format."""
-        energy, errors = 0.0, [0.0] * len(ctx.formats)
+        energy, errors, largest = 0.0, [0.0] * len(ctx.formats), ctx.largest(unit)
         for block in ctx.blocks(unit):  # (n, cols)
             energy += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
             for i, fmt in enumerate(ctx.formats):
-                errors[i] += squared_error(block, fmt)
+                errors[i] += squared_error(block, fmt, largest)
         rows = []
         for fmt, error in zip(ctx.formats, errors):
             # A weight of zeros is stored without error in every format.
@@ -61,10 +61,15 @@ class WeightError(UnitMetric):
         )
 
 
-def squared_error(weight: Tensor, fmt: Format) -> float:
-    """``||Q(W) - W||_F^2`` of a (rows, cols) float32 matrix, summed in double precision, row block by row block."""
+def squared_error(weight: Tensor, fmt: Format, largest: Tensor | None = None) -> float:
+    """``||Q(W) - W||_F^2`` of a (rows, cols) float32 matrix, summed in double precision, row block by row block.
+
+    ``largest`` is the largest |w| of the matrix that these rows are of, for formats with one scale for it.
+    """
     block = max(1, _BLOCK // weight.shape[1])
+    if fmt.per_tensor and largest is None:
+        largest = weight.abs().amax()
     return sum(
-        float(torch.linalg.vector_norm(quantize_dequantize(w, fmt) - w, dtype=torch.float64)) ** 2
+        float(torch.linalg.vector_norm(quantize_dequantize(w, fmt, largest) - w, dtype=torch.float64)) ** 2
         for w in weight.split(block)
     )

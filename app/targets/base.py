@@ -111,7 +111,7 @@ class Target(ABC):
 
     @staticmethod
     def ours(fmt: Format) -> bool:
-        """Formats that no engine's file here holds: tables (NF4, FP4, MXFP4, FP8) and outliers."""
+        """Formats that few engines' files hold: tables (NF4, FP4, MXFP4, FP8) and outliers."""
         return fmt.kind not in ("int", "float")
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:

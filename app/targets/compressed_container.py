@@ -1,7 +1,7 @@
 """The tensors of a pack-quantized module of compressed-tensors.
 
 ``weight_packed`` is our own bit stream (rows padded to 32-bit words); asymmetric zero points are one stream per group,
-packed along the rows; ``weight_shape`` is (rows, cols).
+packed along the rows; ``weight_shape`` is (rows, cols). FP8 (float-quantized) is a ``weight`` of that type and its scales.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ class PackQuantized:
         if fmt.kind == "float":
             return [TensorSpec(unit.tensor, dtype, (unit.rows, unit.cols))]
         groups = fmt.groups(unit.cols)
+        if fmt.codebook:
+            shape = (1,) if fmt.per_tensor else (unit.rows, 1)
+            return [
+                TensorSpec(f"{unit.key}.weight", torch.float8_e4m3fn, (unit.rows, unit.cols)),
+                TensorSpec(f"{unit.key}.weight_scale", torch.float16, shape),
+            ]
         out = [
             TensorSpec(
                 f"{unit.key}.weight_packed", torch.int32, (unit.rows, packed_words(unit.cols, fmt.bits))
@@ -45,8 +51,8 @@ class PackQuantized:
             TensorSpec(f"{unit.key}.weight_shape", torch.int64, (2,)),
         ]
         if not fmt.symmetric:
-            shape = (packed_words(unit.rows, fmt.bits), groups)
-            out.append(TensorSpec(f"{unit.key}.weight_zero_point", torch.int32, shape))
+            zeros = (packed_words(unit.rows, fmt.bits), groups)
+            out.append(TensorSpec(f"{unit.key}.weight_zero_point", torch.int32, zeros))
         return out
 
     def tensors(
@@ -54,6 +60,12 @@ class PackQuantized:
     ) -> dict[str, Tensor]:
         """The same, filled."""
         [unit], [q] = units, qs
+        if q.format.codebook:
+            # Our codes are the bytes of the type itself.
+            return {
+                f"{unit.key}.weight": q.codes.view(torch.float8_e4m3fn),
+                f"{unit.key}.weight_scale": q.scales.reshape(-1) if q.format.per_tensor else q.scales,
+            }
         out = {
             f"{unit.key}.weight_packed": pack_codes(q.codes, q.format.bits),
             f"{unit.key}.weight_scale": q.scales,

@@ -1,9 +1,11 @@
-"""compressed-tensors (pack-quantized) for vLLM, SGLang and transformers, made by llm-compressor.
+"""compressed-tensors (pack-quantized, float-quantized) for vLLM, SGLang and transformers, made by llm-compressor.
 
 What was tried (compressed-tensors 0.20, transformers 5.23) and read in vLLM's source: dense symmetric mixes load
 exactly; asymmetric checkpoints are refused by transformers, also those that compressed-tensors writes itself (packed
 zero points do not fit the shape it expects); transformers takes one scheme for all experts of the model, vLLM looks at
-expert 0 of each layer only, both without a word when the rest differs.
+expert 0 of each layer only, both without a word when the rest differs. FP8 weights alone (compressed_tensors_w8a16_fp8.py)
+may have a scale per row or one, each part of a fused layer its own; experts need FP8 inputs as well, and a RuntimeError
+says so.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ _EXPERT_BITS = (
     4,
     8,
 )  # Marlin's, and the one width of Humming that was tried in a MoE (vllm#48918, vllm#52799)
+_PACKED, _FLOAT = "pack-quantized", "float-quantized"  # the library's names of the two containers
 _SHAPE_BYTES = 16  # the int64 pair weight_shape of every module
 
 
@@ -43,14 +46,16 @@ class CompressedTensors(Target):
     ASYMMETRIC_RULE: ClassVar[str] = "transformers refuses asymmetric weights"
 
     def loads(self, fmt: Format) -> bool:
-        """Symmetric at every width."""
-        return fmt.kind == "float" or (
-            fmt.kind == "int" and (fmt.symmetric or fmt.bits in self.ASYMMETRIC_BITS)
+        """Symmetric at every width, and FP8."""
+        return (
+            fmt.kind == "float"
+            or fmt.codebook == "fp8"
+            or (fmt.kind == "int" and (fmt.symmetric or fmt.bits in self.ASYMMETRIC_BITS))
         )
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """Only nn.Linear, whole groups, symmetric experts."""
-        if self.ours(fmt):
+        if self.ours(fmt) and not self.loads(fmt):
             return Finding(REJECTED, f"{self.NAME} has no {fmt.name}", (unit.key,))
         if fmt.kind == "float":
             return None
@@ -66,6 +71,8 @@ class CompressedTensors(Target):
             return Finding(WRONG, "experts called w1, w2, w3 are mistaken for others", (unit.key,))
         if not self.loads(fmt):
             return Finding(REJECTED, self.ASYMMETRIC_RULE, (unit.key,))
+        if unit.expert >= 0 and fmt.codebook:
+            return Finding(REJECTED, "vLLM has no experts whose weights alone are FP8", (unit.key,))
         if unit.expert >= 0 and not fmt.symmetric:
             return Finding(REJECTED, "the zero points of experts are not read; symmetric only", (unit.key,))
         if fmt.group_size and unit.cols % fmt.group_size:
@@ -94,6 +101,8 @@ class CompressedTensors(Target):
         """Packed weights, scales, zero points (packed along the rows) and the shape; else 16 bits."""
         if fmt.kind == "float":
             return unit.params * 2
+        if fmt.codebook:  # the codes are not padded, and need no shape
+            return unit.params + fmt.scale_bytes(unit.rows, unit.cols)
         zeros = 0 if fmt.symmetric else -(-unit.rows * fmt.bits // 32) * 4 * fmt.groups(unit.cols)
         codes = fmt.code_bytes(unit.rows, unit.cols) + fmt.scale_bytes(unit.rows, unit.cols)
         return codes + zeros + _SHAPE_BYTES
@@ -113,8 +122,10 @@ class CompressedTensors(Target):
     def quantization_config(self, allocation: Allocation, index: ModelIndex) -> dict[str, Any]:
         """What stands in config.json of the finished checkpoint."""
         groups, ignore = self._groups(allocation, index)
+        kinds = {g["format"] for g in groups.values()} or {_PACKED}
         return {
-            "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "quant_method": "compressed-tensors", "quantization_status": "compressed",
+            "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
             "global_compression_ratio": None, "ignore": ignore, "config_groups": groups, "kv_cache_scheme": None,
         }  # fmt: skip
 
@@ -143,7 +154,7 @@ class CompressedTensors(Target):
         routers = [k.name.removesuffix(".weight") for k in index.kept if len(k.shape) == 2]
         groups = {
             f"group_{i}": {"targets": by_format[name], "weights": _scheme(FORMATS[name]),
-                           "input_activations": None, "output_activations": None, "format": "pack-quantized"}
+                           "input_activations": None, "output_activations": None, "format": _FLOAT if FORMATS[name].codebook else _PACKED}
             for i, name in enumerate(f for f in FORMATS if f in by_format)
         }  # fmt: skip
         return groups, ignore + routers
@@ -207,9 +218,10 @@ class Vllm(CompressedTensors):
 
 
 def _scheme(fmt: Format) -> dict[str, Any]:
+    strategy = "tensor" if fmt.per_tensor else "group" if fmt.group_size else "channel"
     return {
-        "num_bits": fmt.bits, "type": "int", "symmetric": fmt.symmetric,
-        "strategy": "group" if fmt.group_size else "channel", "group_size": fmt.group_size, "dynamic": False,
+        "num_bits": fmt.bits, "type": "float" if fmt.codebook else "int", "symmetric": fmt.symmetric,
+        "strategy": strategy, "group_size": fmt.group_size, "dynamic": False,
     }  # fmt: skip
 
 

@@ -93,6 +93,7 @@ def generate(directory: str | Path, prompt: str, *, max_new_tokens: int = 64) ->
     import torch
 
     from bitatlas.analysis.calibration import load_tokenizer
+    from bitatlas.kernels.kv.attention import attend_packed
     from bitatlas.kernels.kv.cache import PackedKvCache
     from bitatlas.kernels.packed import load
 
@@ -112,7 +113,7 @@ def generate(directory: str | Path, prompt: str, *, max_new_tokens: int = 64) ->
         raise UserError("the prompt is empty")
     plan = read_allocation(folder / "allocation.json") if (folder / "allocation.json").is_file() else None
     cache = PackedKvCache(model.config, plan.kv_plan, plan.kv_layout) if plan and plan.kv else None
-    with torch.no_grad():
+    with torch.no_grad(), attend_packed(model, cache):
         out = model.generate(
             ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id,
             past_key_values=cache,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,18 +155,26 @@ class Packer:
     def _pack(
         self, unit: PackedUnit, quantizer: UnitQuantizer, losses: dict[str, float]
     ) -> dict[str, Tensor]:
-        from bitatlas.kernels.packed.matrix import block_rows, pack_blocks
+        from bitatlas.kernels.packed.matrix import pack_blocks
 
-        source, one = self._units[unit.key], quantizer.instance(unit.key, unit.fmt)
-        if not self._quantizer.FOLDS and (unit.rows * unit.cols > WHOLE or not unit.transposed):
-            # Never whole as float32, and still in the cache when it is rounded. Turned matrices are read in strips.
-            blocks = self._reader.blocks(source, step=block_rows(unit.cols))
-        else:
-            blocks = [quantizer.prepared(unit.key, self._reader.get(source))]
-        out = pack_blocks(blocks, unit.rows, unit.cols, unit.fmt, one)
+        blocks, one = self._blocks(unit, quantizer), quantizer.instance(unit.key, unit.fmt)
+        if unit.fmt.per_tensor:
+            one.largest = max((block.abs().amax() for block in blocks()), key=float)
+        out = pack_blocks(blocks(), unit.rows, unit.cols, unit.fmt, one)
         if one.loss is not None:
             losses[unit.key] = one.loss
         return out
+
+    def _blocks(self, unit: PackedUnit, quantizer: UnitQuantizer) -> Callable[[], Iterable[Tensor]]:
+        """Gives the unit's rows in blocks, as often as it is called."""
+        from bitatlas.kernels.packed.matrix import block_rows
+
+        source = self._units[unit.key]
+        if not self._quantizer.FOLDS and (unit.rows * unit.cols > WHOLE or not unit.transposed):
+            # Never whole as float32, and still in the cache when it is rounded. Turned matrices are read in strips.
+            return lambda: self._reader.blocks(source, step=block_rows(unit.cols))
+        whole = [quantizer.prepared(unit.key, self._reader.get(source))]
+        return lambda: whole
 
     def _note(self, losses: dict[str, float]) -> None:
         """Layer losses of a shard go to the folder, beside those of the shards before."""
@@ -191,7 +199,9 @@ class Packer:
         from bitatlas.analysis.input_stats import InputSource
 
         assert self._calibration is not None
-        return InputSource(self._loaded, self._calibration.tokens, units)
+        # A quarter of what the model itself takes; a pass goes no further than its units, so small batches are cheap.
+        limit = min(max(self.index.params, 1 << 26), 1 << 28)
+        return InputSource(self._loaded, self._calibration.tokens, units, limit)
 
     def _unit_quantizer(self, number: int) -> UnitQuantizer:
         """For the units of one shard."""

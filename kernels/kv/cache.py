@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from bitatlas.kernels.errors import UserError
+from bitatlas.kernels.kv.attention import PackedView, on_kernels
 from bitatlas.kernels.kv.formats import KvFormat, KvLayout, KvPair
 from bitatlas.kernels.kv.quantize import PackedKv, pack_kv, to_16_bits
 
@@ -33,6 +34,17 @@ class _Half:
         parts = [self.packed.dequantize(dtype)] if self.packed is not None and self.packed.tokens else []
         return parts if self.plain is None else [*parts, self.plain.to(dtype)]
 
+    def view(self, new: Tensor, window: int) -> PackedView | None:
+        """What `read` gives, and ``new`` behind it, still packed; None where nothing is."""
+        if self.packed is None or self.plain is None or not self.packed.tokens:
+            return None
+        # A sliding layer holds whole blocks, hence up to a block more than it shows.
+        past = self.packed.tokens + self.plain.shape[2]
+        hidden = max(past - window + 1, 0) if window else 0
+        first = min(hidden, self.packed.tokens)
+        plain = torch.cat([self.plain[:, :, hidden - first :], to_16_bits(new)], 2)
+        return PackedView(self.packed, plain, first, new.dtype)
+
     def add(self, x: Tensor) -> None:
         self.plain = x if self.plain is None else torch.cat([self.plain, x], 2)
 
@@ -47,7 +59,7 @@ class _Half:
         # Tokens of the window that the packed part takes over, whole blocks of them.
         fresh = self.plain.shape[2] - (seen - layout.packed(seen))
         if fresh > 0:
-            block = pack_kv(self.plain[:, :, :fresh], self.fmt, layout.block)
+            block = _packed(self.plain[:, :, :fresh], self.fmt, layout.block)
             self.packed = block if self.packed is None else self.packed.extend(block)
             held += fresh
         self.plain = self.plain[:, :, self.plain.shape[2] - plain :].contiguous()
@@ -64,6 +76,15 @@ class _Half:
         return plain + (self.packed.nbytes if self.packed is not None else 0)
 
 
+def _packed(x: Tensor, fmt: KvFormat, block: int) -> PackedKv:
+    """`pack_kv`, by the kernel where it runs; the same bits."""
+    if not on_kernels(x.device) or x.shape[2] % block:
+        return pack_kv(x, fmt, block)
+    from bitatlas.kernels import triton_kv
+
+    return triton_kv.pack_kv(x, fmt, block)
+
+
 class PackedKvLayer(DynamicLayer):
     """One layer's packed K and V.
 
@@ -77,6 +98,7 @@ class PackedKvLayer(DynamicLayer):
 
     def __init__(self, pair: KvPair, layout: KvLayout, window: int = 0) -> None:
         super().__init__()
+        self.views = False  # hand out packed views instead of tensors
         self.pair, self.layout, self.window = pair, layout, window
         self.is_sliding = bool(window)
         self.reset()
@@ -98,22 +120,35 @@ class PackedKvLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Everything a query of this chunk may see, (B, H, tokens, D) each; then the chunk is kept.
 
-        A sliding layer gives the last ``window - 1`` of the past, as transformers' mask expects.
+        A sliding layer gives the last ``window - 1`` of the past, as transformers' mask expects. With ``views`` set a
+        single token gets packed views where both K and V are packed.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[2]
-        out = []
-        for half, new in ((self._k, key_states), (self._v, value_states)):
-            past = half.read(new.dtype)
-            if past and self.window:
-                past = [torch.cat(past, 2)[:, :, -self.window + 1 :] if self.window > 1 else new[:, :, :0]]
+        out: list[Tensor] = []
+        views = self._views(key_states, value_states)
+        for half, new, view in zip((self._k, self._v), (key_states, value_states), views):
             # 16 bits whatever the model computes in: that is what the window costs.
             kept = to_16_bits(new)
-            out.append(torch.cat([*past, kept.to(new.dtype)], 2))
+            if view is not None:
+                out.append(view)
+            else:
+                past = half.read(new.dtype)
+                if past and self.window:
+                    past = [
+                        torch.cat(past, 2)[:, :, -self.window + 1 :] if self.window > 1 else new[:, :, :0]
+                    ]
+                out.append(torch.cat([*past, kept.to(new.dtype)], 2))
             half.add(kept)
             half.settle(self.seen, self.layout, self.window)
         return out[0], out[1]
+
+    def _views(self, *new: Tensor) -> tuple[PackedView | None, PackedView | None]:
+        if not self.views or new[0].shape[2] != 1:
+            return None, None
+        k, v = (half.view(x, self.window) for half, x in zip((self._k, self._v), new))
+        return (k, v) if k is not None and v is not None else (None, None)
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -203,6 +238,12 @@ class PackedKvCache(Cache):
         for i, pair in plan.items():
             layers[i] = PackedKvLayer(pair, layout, windows[i])
         super().__init__(layers=layers)
+
+    def show_views(self, shown: bool) -> None:
+        """Whether layers give their attention packed views (`kernels.kv.attention`) of K and V."""
+        for layer in self.layers:
+            if isinstance(layer, PackedKvLayer):
+                layer.views = shown
 
     @property
     def nbytes(self) -> int:

@@ -44,7 +44,7 @@ def packed_tensors(fmt: Format, rows: int, cols: int) -> dict[str, tuple[torch.d
     groups = fmt.groups(cols)
     out: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "codes": (torch.int32, (rows, packed_words(cols, fmt.bits))),
-        "scales": (torch.uint8 if fmt.scale == "e8m0" else torch.float16, (rows, groups)),
+        "scales": (torch.uint8 if fmt.scale == "e8m0" else torch.float16, (fmt.scale_rows(rows), groups)),
     }
     if not fmt.symmetric:
         out["zeros"] = (torch.int32, (packed_words(rows * groups, fmt.bits),))
@@ -99,6 +99,8 @@ def pack_blocks(
 ) -> dict[str, Tensor]:
     """`pack_weight` of a weight that comes as consecutive (n, cols) blocks of rows, so that it need not be held whole.
 
+    With one scale for the matrix ``quantize`` has to know the largest weight, or the matrix has to be one block.
+
     Raises:
         UserError: the weight holds NaN or Inf.
     """
@@ -114,7 +116,7 @@ def pack_blocks(
         for q in _quantised_blocks(block, fmt, quantize):
             here = slice(at, at + len(q.codes))
             pack_codes(q.codes, fmt.bits, out["codes"][here])
-            out["scales"][here] = q.scales
+            out["scales"][slice(1) if fmt.per_tensor else here] = q.scales
             for name, part in _outliers(q).items():
                 out[name][here] = part
             at = here.stop
@@ -142,6 +144,9 @@ def quantised_weight(weight: Tensor, fmt: Format, quantize: Callable[[Tensor, Fo
 def _quantised_blocks(
     weight: Tensor, fmt: Format, quantize: Callable[[Tensor, Format], Quantized]
 ) -> Iterator[Quantized]:
+    if fmt.per_tensor and getattr(quantize, "largest", None) is None:
+        yield quantize(weight, fmt)  # its scale hangs on every row
+        return
     for block in weight.split(block_rows(weight.shape[1])):
         yield quantize(block, fmt)
 
@@ -228,7 +233,8 @@ class PackedMatrix(nn.Module):
     ) -> Tensor:
         # The same arithmetic as reference.dequantize, in place and with one multiply per weight.
         n, group = codes.shape[0], self.format.group_size or self.cols
-        unpacked, scales = unpack_codes(codes, self.format.bits, self.cols), self.scales[rows]
+        unpacked = unpack_codes(codes, self.format.bits, self.cols)
+        scales = self.scales if self.format.per_tensor else self.scales[rows]
         s = scale_values(scales if scales.dtype == torch.uint8 else scales.view(torch.float16))  # (n, groups)
         if self.format.kind == "codebook":
             w = entries(self.format.codebook).to(s.device)[unpacked.long()]

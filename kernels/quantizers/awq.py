@@ -40,7 +40,7 @@ class Awq(Quantizer):
     def __call__(self, weight: Tensor, fmt: Format) -> Quantized:
         """Nearest codes on the weighted searched grid."""
         d = self.importance
-        return with_outliers(weight, fmt, lambda w: round_to(w, search_grid(w, fmt, d)), d)
+        return with_outliers(weight, fmt, lambda w: round_to(w, search_grid(w, fmt, d, self.largest)), d)
 
 
 def channel_scale(mean_square: Tensor, exponent: float) -> Tensor:

@@ -49,6 +49,8 @@ class Quantizer(ABC):
 
     def __init__(self, inputs: InputStats | None = None) -> None:
         self.inputs = inputs
+        # The largest |w| of the whole unit, from whoever hands over its rows in blocks: for one scale per tensor.
+        self.largest: Tensor | None = None
         self.loss: float | None = (
             None  # the layer's output error per token so far, where the quantiser knows it
         )

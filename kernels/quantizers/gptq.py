@@ -44,11 +44,12 @@ class Gptq(Quantizer):
     def __call__(self, weight: Tensor, fmt: Format) -> Quantized:
         """Codes with the error compensated."""
         if self._factor is None:
-            return with_outliers(weight, fmt, lambda w: round_to(w, search_grid(w, fmt)))
+            return with_outliers(weight, fmt, lambda w: round_to(w, search_grid(w, fmt, None, self.largest)))
         w, columns = weight.to(torch.float32), None
         if fmt.kind == "sparse":
             columns = outlier_columns(w, fmt, self._mean_square)
-        grid = search_grid(w if columns is None else w.scatter(1, columns, 0.0), fmt, self._mean_square)
+        dense = w if columns is None else w.scatter(1, columns, 0.0)
+        grid = search_grid(dense, fmt, self._mean_square, self.largest)
         codes, values, loss = _compensate(w, grid, self._order, self._factor, columns)
         self.loss = (self.loss or 0.0) + loss
         return replace(finished(codes, grid), columns=columns, values=values)
@@ -63,11 +64,14 @@ def _prepare(inputs: InputStats) -> tuple[Tensor, Tensor, Tensor]:
     if mean <= 0:  # the inputs were all zero: any codes do
         h, mean = torch.eye(cols, dtype=torch.float64, device=h.device), torch.tensor(1.0)
     damping = max(_DAMPING, 1 - inputs.tokens / cols)
-    h = h + damping * mean * torch.eye(cols, dtype=torch.float64, device=h.device)
+    # In place, one name for all: each of these matrices is twice the size of the statistics.
+    h.diagonal().add_(damping * mean)
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
-    h = h[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return order, torch.linalg.cholesky(inverse, upper=True).float(), mean_square.float()
+    h = h[order.unsqueeze(1), order]
+    h = torch.linalg.cholesky(h)
+    h = torch.cholesky_inverse(h)
+    h = torch.linalg.cholesky(h, upper=True)
+    return order, h.float(), mean_square.float()
 
 
 def _compensate(

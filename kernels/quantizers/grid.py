@@ -29,7 +29,7 @@ _BLOCK_WEIGHTS = (
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Scales (rows, groups) as stored and zeros (rows, groups) float32 holding integers (0 for tables)."""
+    """Scales (rows, groups) as stored, (1, 1) for one per tensor, and zeros (rows, groups) float32 holding integers (0 for tables)."""
 
     scales: Tensor
     zeros: Tensor
@@ -93,21 +93,31 @@ def minmax_grid(weight: Tensor, fmt: Format) -> Grid:
     Raises:
         UserError: NaN or Inf, or a pass-through format.
     """
+    if fmt.per_tensor:
+        return search_grid(weight, fmt)
     g = _groups(_checked(weight, fmt), fmt)
     return Grid(*_grid(g.amin(-1).clamp_max(0), g.amax(-1).clamp_min(0), fmt), fmt)
 
 
-def search_grid(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Grid:
+def search_grid(
+    weight: Tensor, fmt: Format, importance: Tensor | None = None, largest: Tensor | None = None
+) -> Grid:
     """The grid with the least weighted rounding error of each group.
+
+    A single scale of a matrix is not searched: it would take the whole matrix, and floating-point codes do not gain.
 
     Args:
         weight: (rows, cols).
         importance: (cols,) not negative, or None.
+        largest: the largest |w| of the matrix that these rows are of, for one scale per tensor; None = of these.
 
     Raises:
         UserError: NaN or Inf, or a pass-through format.
     """
     w = _checked(weight, fmt)
+    if fmt.per_tensor:
+        scales = scale_of((w.abs().amax() if largest is None else largest).reshape(1, 1), fmt)
+        return Grid(scales, torch.zeros(1, 1, device=w.device), fmt)
     cols = w.shape[1]
     d = torch.ones(1, cols, device=w.device) if importance is None else importance.to(w).reshape(1, -1)
     group = fmt.group_size or cols

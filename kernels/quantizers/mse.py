@@ -27,4 +27,4 @@ class Mse(Quantizer):
     def __call__(self, weight: Tensor, fmt: Format) -> Quantized:
         """Nearest codes on the searched grid."""
         d = self.importance
-        return with_outliers(weight, fmt, lambda w: round_to(w, search_grid(w, fmt, d)), d)
+        return with_outliers(weight, fmt, lambda w: round_to(w, search_grid(w, fmt, d, self.largest)), d)

@@ -20,4 +20,4 @@ class Rtn(Quantizer):
 
     def __call__(self, weight: Tensor, fmt: Format) -> Quantized:
         """Nearest codes."""
-        return quantize(weight, fmt)
+        return quantize(weight, fmt, self.largest)

@@ -25,6 +25,18 @@ def test_every_unit_gets_the_moments_of_its_own_inputs(family: str, tiny_checkpo
         torch.testing.assert_close(stats.hessian.double(), x.T @ x, rtol=1e-4, atol=1e-5)
 
 
+def test_the_model_runs_no_further_than_the_units_go(tiny_checkpoint) -> None:
+    index = index_model(tiny_checkpoint("llama"))
+    loaded, tokens = LoadedModel.open(index), np.ones((3, 4), np.int64)
+    whole = collect_inputs(loaded, tokens, index.units, batch_tokens=4)
+    reached: list[int] = []
+    for i, block in enumerate(loaded.model.model.layers):
+        block.mlp.register_forward_pre_hook(lambda *_, i=i: reached.append(i))
+    got = collect_inputs(loaded, tokens, [u for u in index.units if u.layer == 0], batch_tokens=4)
+    assert reached == [0, 0, 0]
+    assert all(torch.equal(got[u].hessian, whole[u].hessian) and got[u].tokens == 12 for u in got)
+
+
 def test_units_with_one_input_share_one_matrix(tiny_checkpoint) -> None:
     index = index_model(tiny_checkpoint("llama"))
     got = collect_inputs(LoadedModel.open(index), np.ones((1, 4), np.int64), index.units)

@@ -10,7 +10,13 @@ import torch
 from bitatlas.kernels.codebooks import entries, nearest
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import FORMATS, parse_format
-from bitatlas.kernels.packed.matrix import PackedMatrix, pack_weight, packed_tensors, quantised_weight
+from bitatlas.kernels.packed.matrix import (
+    PackedMatrix,
+    pack_blocks,
+    pack_weight,
+    packed_tensors,
+    quantised_weight,
+)
 from bitatlas.kernels.quantizers import QUANTIZERS, InputStats
 from bitatlas.kernels.reference import dequantize, quantize, quantize_dequantize
 
@@ -82,11 +88,30 @@ def test_sizes_are_those_of_the_standards() -> None:
     assert parse_format("nf4-g64").bits_per_weight(64, 4096) == 4.25
     assert parse_format("fp4-g16").bits_per_weight(64, 4096) == 5.0
     assert parse_format("fp8-channel").payload_bytes(64, 4096) == 64 * 4096 + 64 * 2
+    assert parse_format("fp8-tensor").payload_bytes(64, 4094) == 64 * 4096 + 2
     plain, sparse = (
         parse_format("int3-g64").payload_bytes(10, 1000),
         parse_format("int3-g64-o1").payload_bytes(10, 1000),
     )
     assert sparse - plain == 10 * 10 * (2 + 2)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_one_scale_serves_all_blocks_of_a_matrix(kind: str) -> None:
+    fmt, w = parse_format("fp8-tensor"), torch.randn(70, 9, generator=torch.Generator().manual_seed(1))
+    w[61, 2] = -30.0  # in the last block
+    scale = torch.tensor(30.0 / 448).half().float()
+    want = (w / scale).to(torch.float8_e4m3fn).float() * scale
+    assert torch.equal(quantize_dequantize(w, fmt), want)
+    stats = InputStats(torch.eye(9) * 50, 50)  # GPTQ rounds to nearest where inputs are independent
+    whole, blocks = QUANTIZERS[kind](stats), QUANTIZERS[kind](stats)
+    blocks.largest = w.abs().amax()
+    stored = pack_blocks(w.split(32), 70, 9, fmt, blocks)
+    matrix = PackedMatrix(fmt, 70, 9, stored)
+    assert torch.equal(matrix.dequantize(), want)
+    assert torch.equal(matrix.dequantize(64), want[64:])
+    assert torch.equal(matrix.take_rows(torch.tensor([61, 3])), want[[61, 3]])
+    assert torch.equal(quantised_weight(w, fmt, whole), want)
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -118,7 +143,7 @@ def test_columns_beyond_15_bits_survive() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["nf4-g32", "fp4-g16", "mxfp4", "fp8-channel", "int3-g64-o1", "int2-g64-o0.5"]
+    "name", ["nf4-g32", "fp4-g16", "mxfp4", "fp8-channel", "fp8-tensor", "int3-g64-o1", "int2-g64-o0.5"]
 )
 def test_every_quantizer_takes_them(name: str) -> None:
     fmt = parse_format(name)

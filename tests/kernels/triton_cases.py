@@ -187,6 +187,71 @@ def kv_decode(pair: str, dtype: str, device: str) -> float:
     return relative(got, want[:, :, 0])
 
 
+def kv_model(family: str, device: str) -> float:
+    """A model that decodes through the kernel, token by token, against the same model reading dequantised K and V."""
+    import transformers
+
+    from bitatlas.kernels import triton_kv
+    from bitatlas.kernels.kv import KvLayout
+    from bitatlas.kernels.kv.attention import attend_packed
+    from bitatlas.kernels.kv.cache import PackedKvCache
+
+    kind, settings, pairs = KV_MODELS[family]
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = getattr(transformers, kind)(**sizes, **settings)
+    model = (
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().to(device)
+    )
+    plan = {i: parse_pair(p) for i, p in enumerate(pairs)}
+    ids = torch.randint(1, 50, (2, 17), generator=torch.Generator().manual_seed(1)).to(device)
+    calls, decode = [], triton_kv.decode_attention
+
+    def counted(*a, **k):
+        calls.append(k["first"])
+        return decode(*a, **k)
+
+    def run(pad: int, packed: bool) -> Tensor:
+        cache = PackedKvCache(config, plan, KvLayout(block=4, residual=3))
+        seen = torch.ones_like(ids)
+        seen[1, :pad] = 0
+        out = []
+        with torch.no_grad(), attend_packed(model, cache if packed else None):
+            for a, b in ((0, 7), *((t, t + 1) for t in range(7, 17))):
+                step = model(ids[:, a:b], attention_mask=seen[:, :b], past_key_values=cache, use_cache=True)
+                out.append(step.logits[:, -1:])
+        assert model.config._attn_implementation == "sdpa"
+        return torch.cat(out, 1).cpu()
+
+    triton_kv.decode_attention = counted
+    try:
+        got, want = run(0, True), run(0, False)
+        # Every step reads packed tokens in every layer but the one at 16 bits.
+        expected = 10 * sum(p.k.bits < 16 and p.v.bits < 16 for p in plan.values())
+        assert len(calls) == expected, f"{len(calls)} of {expected} calls"
+        assert any(calls) == ("sliding_window" in settings)
+        padded = relative(run(2, True), run(2, False))
+        # Padding is behind the window of a sliding layer at last; elsewhere it needs a mask, which the kernel has not.
+        assert (len(calls) == expected) == ("sliding_window" not in settings)
+    finally:
+        triton_kv.decode_attention = decode
+    return max(relative(got, want), padded)
+
+
+KV_MODELS = {
+    "grouped": (
+        "LlamaConfig",
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10},
+        ("kv4-channel/kv2-token", "kv8-token/kv8-token"),
+    ),
+    "sliding": (
+        "MistralConfig",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 10},
+        ("kv4-token/kv8-token", "kv16/kv4-token"),
+    ),
+}
+
+
 def cases(device: str) -> dict[str, Callable[[], float]]:
     out: dict[str, Callable[[], float]] = {}
     for bits in WIDTHS:
@@ -202,6 +267,8 @@ def cases(device: str) -> dict[str, Callable[[], float]]:
         out[f"kv-pack-{name}"] = lambda name=name: kv_pack(name, device)
     for pair, dtype in (("kv4-channel/kv2-token", "fp32"), ("kv2-token/kv8-token", "bf16")):
         out[f"kv-decode-{pair}-{dtype}"] = lambda pair=pair, dtype=dtype: kv_decode(pair, dtype, device)
+    for family in KV_MODELS:
+        out[f"kv-model-{family}-fp32"] = lambda family=family: kv_model(family, device)
     for dtype in DTYPES:
         out[f"experts-{dtype}"] = lambda dtype=dtype: experts(dtype, device)
     return out

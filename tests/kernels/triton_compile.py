@@ -78,7 +78,7 @@ def sources() -> dict[str, ASTSource]:
         f"{h}_{n}": "*u32" if n == "words" else "*fp16" for h in "kv" for n in ("words", "scale", "low")
     }
     lengths = dict.fromkeys(
-        ("tokens", "k_dim", "v_dim", "k_n", "v_n", "block", "group", "chunk", "splits"), INT
+        ("first", "tokens", "k_dim", "v_dim", "k_n", "v_n", "block", "group", "chunk", "splits"), INT
     )
     for k, v in ((8, 8), (8, 4), (4, 2)):
         out[f"kv-decode-{k}-{v}"] = ASTSource(

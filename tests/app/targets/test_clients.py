@@ -44,6 +44,8 @@ def expert_bits(u: QuantUnit) -> str:
         ("llama", lambda u: "int3-g32-sym" if u.layer else "int6-channel-sym", SERVABLE, True),
         ("llama", lambda u: "int2-g32-sym" if u.layer else "int5-g32-sym", SERVABLE, True),
         ("llama", lambda u: "int4-g32", REJECTED, False),
+        ("llama", lambda u: "fp8-tensor" if u.layer else "fp8-channel", SERVABLE, True),
+        ("llama", lambda u: "fp8-tensor" if u.layer else "int4-g32-sym", SERVABLE, True),
         ("llama", lambda u: "int4-g64-sym" if u.cols % 64 else "int8-g32-sym", REJECTED, False),  # ragged
         ("qwen3_moe", lambda u: "int4-g32-sym" if u.expert >= 0 else "int8-g32-sym", SERVABLE, True),
         ("qwen3_moe", expert_bits, WRONG, True),
