@@ -14,13 +14,18 @@ from bitatlas.app.cli_compare import compare
 from bitatlas.app.cli_io import emit, progress_printer
 from bitatlas.app.cli_options import (
     DEFAULT_FORMATS,
+    ExpertGrouping,
+    ExpertTies,
     Formats,
+    GroupLimits,
     Json,
     Metric,
     Model,
     Pins,
     Quantizer,
     QuantizerText,
+    RareBelow,
+    RareFloor,
     Solver,
     Target,
     Wait,
@@ -127,6 +132,11 @@ def solve(
     active_bytes: Annotated[
         str | None, typer.Option(help="Weight bytes read in one decoding step: 900MB.")
     ] = None,
+    expert_groups: ExpertGrouping = "",
+    group_limit: GroupLimits = None,
+    rare_floor: RareFloor = "",
+    rare_below: RareBelow = 1,
+    expert_ties: ExpertTies = "free",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where to write the allocation.")
     ] = None,
@@ -134,11 +144,13 @@ def solve(
 ) -> None:
     """Spend a memory budget: unit -> format, with a certificate."""
     from bitatlas.app import tasks
+    from bitatlas.app.expert_rules import ExpertRules
 
     result = tasks.solve(
         model, metric=metric, solver=solver, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
         kv_bits=kv_bits, kv=kv, kv_metric=kv_metric, reserve=reserve, formats=formats, pins=pin or [], target=target, seed=seed, output=output,
         latency_ms=latency_ms, bops=bops, active_bytes=active_bytes,
+        experts=ExpertRules(expert_groups, tuple(group_limit or ()), rare_floor, rare_below, expert_ties),
     )  # fmt: skip
     emit(tasks.describe_allocation(result, output), json_output, "allocation")
 
@@ -147,13 +159,23 @@ def solve(
 @guarded
 def frontier(
     model: Model, metric: Metric = "fisher", solver: Solver = "hull", formats: Formats = DEFAULT_FORMATS,
-    pin: Pins = None, target: Target = None, points: int = 64, json_output: Json = False,
+    pin: Pins = None, target: Target = None, points: int = 64, expert_groups: ExpertGrouping = "", group_limit: GroupLimits = None,
+    rare_floor: RareFloor = "", rare_below: RareBelow = 1, expert_ties: ExpertTies = "free", json_output: Json = False,
 ) -> None:  # fmt: skip
-    """The whole front: the best predicted damage at every size."""
+    """The whole front: the best predicted damage at every size, and what a token then reads."""
     from bitatlas.app import tasks
+    from bitatlas.app.expert_rules import ExpertRules
 
+    rules = ExpertRules(expert_groups, tuple(group_limit or ()), rare_floor, rare_below, expert_ties)
     result = tasks.frontier(
-        model, metric=metric, solver=solver, formats=formats, pins=pin or [], target=target, points=points
+        model,
+        metric=metric,
+        solver=solver,
+        formats=formats,
+        pins=pin or [],
+        target=target,
+        points=points,
+        experts=rules,
     )
     emit(tasks.describe_frontier(result, model), json_output, "table")
 

@@ -9,13 +9,18 @@ import typer
 
 __all__ = [
     "DEFAULT_FORMATS",
+    "ExpertGrouping",
+    "ExpertTies",
     "Formats",
+    "GroupLimits",
     "Json",
     "Metric",
     "Model",
     "Pins",
     "Quantizer",
     "QuantizerText",
+    "RareBelow",
+    "RareFloor",
     "Solver",
     "Target",
     "Wait",
@@ -40,5 +45,19 @@ Wait = Annotated[bool, typer.Option("--wait/--detach", help="Show progress until
 Quantizer = Annotated[str, typer.Option("--quantizer", help="How codes are chosen: rtn, mse, gptq, awq.")]
 QuantizerText = Annotated[
     Path | None, typer.Option("--calibration", help="Text for gptq, awq and mse; the demo brings its own.")
+]
+ExpertGrouping = Annotated[
+    str, typer.Option("--expert-groups", help="layer, frequency:4, damage:4, cluster:6, regex:PATTERN.")
+]
+GroupLimits = Annotated[
+    list[str] | None,
+    typer.Option("--group-limit", help="GROUP=BITS or GROUP=SIZE, repeatable: q1=2.5, q4=200MB, *=4."),
+]
+RareFloor = Annotated[str, typer.Option("--rare-floor", help="Rare experts get at least this format.")]
+RareBelow = Annotated[
+    int, typer.Option("--rare-below", help="Rare: reached by fewer tokens; 1 = never reached.")
+]
+ExpertTies = Annotated[
+    str, typer.Option("--expert-ties", help="free, gate-up, expert or layer share a format.")
 ]
 DEFAULT_FORMATS = "int{2,3,4,5,6,8}-g64"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bitatlas.analysis.schema import FORMATS, ModelIndex, QuantUnit, UserError
+from bitatlas.analysis.schema import FORMATS, ModelIndex, QuantUnit, UserError, parse_format
 from bitatlas.app.sizes import parse_bytes
 from bitatlas.cache.paths import Home
 from bitatlas.solvers import SideBudget
@@ -41,7 +41,7 @@ def _shares(index: ModelIndex, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 def active_bytes(index: ModelIndex, formats: Sequence[str], batch: int = 1) -> np.ndarray:
     """(U, F) expected bytes of each unit that one decoding step of ``batch`` sequences reads."""
-    return index.bytes_table([FORMATS[f] for f in formats]) * _shares(index, batch)[0][:, None]
+    return index.bytes_table([parse_format(f) for f in formats]) * _shares(index, batch)[0][:, None]
 
 
 def bit_operations(index: ModelIndex, formats: Sequence[str]) -> np.ndarray:

@@ -8,7 +8,7 @@ Streamlit drops unbound parameters on a page switch. The URL wins when it says s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from urllib.parse import urlencode
 
 import streamlit as st
@@ -38,6 +38,7 @@ __all__ = [
     "set_budget",
     "set_job",
     "set_question",
+    "shown_selection",
     "sync",
     "undo",
 ]
@@ -134,6 +135,19 @@ def select(chosen: Selection, *, from_chart: bool = False) -> None:
 def selection_epoch() -> int:
     """Counts the selections that did not come from a chart; charts show the selection of their epoch."""
     return int(st.session_state.get("_epoch", 0))
+
+
+def shown_selection(chart: str, controls: Hashable) -> Selection:
+    """The selection that a chart draws: renewed when it comes from elsewhere, or when the chart changes anyway.
+
+    What was boxed since then the browser shows by itself; drawing it anew would take the box away.
+    """
+    stamp = selection_epoch(), controls
+    if st.session_state.get(f"_{chart}_epoch") != stamp:
+        st.session_state[f"_{chart}_epoch"] = stamp
+        st.session_state[f"_{chart}_shown"] = selection()
+    shown: Selection = st.session_state[f"_{chart}_shown"]
+    return shown
 
 
 def _bump() -> None:

@@ -35,12 +35,16 @@ PROVED = frozenset({OPTIMAL, INFEASIBLE})
 
 
 class Found(NamedTuple):
-    """What a solver's `_solve` hands back: choice (U,), status, objective evaluations, tokens run."""
+    """What a solver's `_solve` hands back: choice (U,), status, objective evaluations, tokens run.
+
+    ``multipliers``: one per side budget, for the lower bound; any that are not negative give a valid one.
+    """
 
     choice: np.ndarray
     status: str = FEASIBLE
     evaluations: int = 0
     tokens: int = 0
+    multipliers: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ class Solver(ABC):
         found = self._solve(problem, seed, start + time_limit_s)
         seconds = time.perf_counter() - start
         choice = np.asarray(found.choice, np.int64)
-        certificate = certify(problem, choice)
+        certificate = certify(problem, choice, found.multipliers)
         if not certificate.feasible:
             raise RuntimeError(f"{self.NAME} broke its limits: {'; '.join(certificate.violations[:3])}")
         return Solution(

@@ -2,12 +2,13 @@
 
 The lower bound is the Lagrangian dual: for every mu >= 0, no allocation within the budget has less damage
 than ``sum_classes min_b (damage + mu * bytes) - mu * limit``. Its maximum over mu is the bound of the linear
-relaxation.
+relaxation. Side budgets enter with multipliers that a solver may propose: whatever they are, the bound is valid.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,8 +44,8 @@ class Certificate:
     violations: tuple[str, ...] = ()
 
 
-def certify(problem: Problem, choice: np.ndarray) -> Certificate:
-    """Check ``choice`` (U,) of format indices against the problem."""
+def certify(problem: Problem, choice: np.ndarray, multipliers: Sequence[float] = ()) -> Certificate:
+    """Check ``choice`` (U,) of format indices against the problem; ``multipliers`` (one per side budget) sharpen the bound."""
     choice = np.asarray(choice)
     n, k = problem.damage.shape
     if choice.shape != (n,) or not np.issubdtype(choice.dtype, np.integer):
@@ -79,6 +80,8 @@ def certify(problem: Problem, choice: np.ndarray) -> Certificate:
             wrong.append(f"{side.name}: {used:g}, {side.limit:g} allowed")
     objective = float(np.sum(problem.damage[rows, choice]))
     bound = lower_bound(problem) if np.isfinite(objective) else float("nan")
+    if len(multipliers) == len(problem.side) and any(m > 0 for m in multipliers) and np.isfinite(bound):
+        bound = max(bound, _bound_with_sides(problem, multipliers))
     return Certificate(
         feasible=not wrong,
         payload_bytes=int(payload),
@@ -89,6 +92,15 @@ def certify(problem: Problem, choice: np.ndarray) -> Certificate:
         quadratic=_quadratic(problem, choice),
         violations=tuple(wrong),
     )
+
+
+def _bound_with_sides(problem: Problem, multipliers: Sequence[float]) -> float:
+    """The dual with the side budgets priced: least damage + price, less the price of what the limits allow."""
+    damage, allowance = problem.damage.copy(), 0.0
+    for side, m in zip(problem.side, multipliers):
+        damage += max(m, 0.0) * side.cost
+        allowance += max(m, 0.0) * side.limit
+    return lower_bound(replace(problem, damage=damage, side=())) - allowance
 
 
 def _rejected(why: str) -> Certificate:

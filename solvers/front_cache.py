@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bitatlas.solvers.byte_groups import ByteGroups, Caps, byte_groups, cap_steps
 from bitatlas.solvers.classes import Classes
 from bitatlas.solvers.problem import Problem
 
@@ -44,6 +45,7 @@ class FrontCache:
         step_class: (M,) class of each step, best slope first; step_slope: (M,) damage saved per byte.
         cum_bytes: (M + 1,) int64 payload after k steps; cum_damage: (M + 1,) float64.
         step_to: (M,) uint8 format index of the class after its step.
+        groups, caps: limits on the bytes of groups of units, and where they cut the steps; None without.
     """
 
     classes: Classes
@@ -53,10 +55,16 @@ class FrontCache:
     cum_bytes: np.ndarray
     cum_damage: np.ndarray
     step_to: np.ndarray
+    groups: ByteGroups | None = None
+    caps: Caps | None = None
 
     @classmethod
     def of(cls, problem: Problem) -> FrontCache:
-        """Hulls of all classes and one sort. O(C F^2 + M log M)."""
+        """Hulls of all classes and one sort. O(C F^2 + M log M).
+
+        Raises:
+            UserError: side budgets that are no limits on the bytes of separate groups of units.
+        """
         c = problem.classes
         order = _by_bytes(c)  # cheapest first; among equals the least damage
         w = np.take_along_axis(np.where(c.allowed, c.bytes, np.iinfo(np.int64).max), order, 1).astype(
@@ -92,11 +100,18 @@ class FrontCache:
         )
         sort = np.argsort(-slopes, kind="stable")  # stable: levels of a class stay in order
         first = hull[:, 0]
+        groups, caps = byte_groups(problem), None
+        if groups is not None:
+            left = groups.left(c.bytes[np.arange(n), first])
+            caps = cap_steps(groups, owner[sort], slopes[sort], extra[sort], left)
+            sort = sort[caps.keep]
         cum_bytes = np.concatenate([[c.payload(first)], extra[sort]]).astype(np.int64).cumsum()
         # A million savings are taken off one large sum; the little that remains must not be their rounding.
         fine = np.concatenate([[c.objective(first)], -saved[sort]]).cumsum(dtype=np.longdouble)
         cum_damage = fine.astype(np.float64)
-        return cls(c, hull, owner[sort], slopes[sort], cum_bytes, cum_damage, after[sort].astype(np.uint8))
+        return cls(
+            c, hull, owner[sort], slopes[sort], cum_bytes, cum_damage, after[sort].astype(np.uint8), groups, caps
+        )
 
     def steps_within(self, limit_bytes: int) -> int:
         """How many steps fit, -1 when not even the smallest allocation does."""
@@ -139,10 +154,17 @@ class FrontCache:
         slope = float(self.step_slope[k]) if k < len(self.step_slope) else 0.0
         payload, objective = int(self.cum_bytes[k]), float(self.cum_damage[k])
         bound = objective - slope * (limit_bytes - payload)
-        if filled and slope:
-            near = np.unique(self.step_class[k : k + _AHEAD])
+        near = np.unique(self.step_class[k : k + _AHEAD])
+        rooms = None
+        if self.groups is not None and self.caps is not None:
+            worth = self.caps.multipliers(slope)
+            bound -= float(worth @ self.caps.room)
+            near = np.unique(np.concatenate([near, *(self.caps.near[g] for g in np.flatnonzero(worth))]))
+            left = self.groups.left(self.classes.bytes[np.arange(len(choice)), choice])
+            rooms = self.groups.label[near], left
+        if filled and near.size:
             part, before = self.classes.rows(near), choice[near]
-            after = fill(part, before, part.payload(before) + limit_bytes - payload)
+            after = fill(part, before, part.payload(before) + limit_bytes - payload, rooms)
             choice[near] = after
             payload += part.payload(after) - part.payload(before)
             objective += part.objective(after) - part.objective(before)
@@ -157,23 +179,34 @@ def _by_bytes(c: Classes) -> np.ndarray:
     return np.lexsort((c.damage, size), axis=1)
 
 
-def fill(classes: Classes, choice: np.ndarray, limit_bytes: int) -> np.ndarray:
-    """Spend what is left: again and again the single change that saves most and still fits. (C,) -> (C,)."""
+def fill(
+    classes: Classes, choice: np.ndarray, limit_bytes: int, rooms: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:
+    """Spend what is left: again and again the single change that saves most and still fits. (C,) -> (C,).
+
+    Args:
+        rooms: group of each class (C,), -1 = none, and the bytes (G,) that each group has left.
+    """
     out = np.array(choice, np.int64)
     rows = np.arange(len(out))
     room = limit_bytes - classes.payload(out)
+    # Classes without a group share a last one that is never full.
+    label, left = rooms if rooms is not None else (np.full(len(out), -1), np.zeros(0, np.int64))
+    left = np.append(left, np.iinfo(np.int64).max // 2)
     extra = classes.bytes - classes.bytes[rows, out][:, None]
     gain = classes.damage[rows, out][:, None] - classes.damage
     owner, option = np.nonzero((gain > 0) & (extra <= room) & classes.allowed)
     extra, gain = extra[owner, option], gain[owner, option]
-    while owner.size:
+    while True:
+        keep = (extra <= room) & (gain > 0) & (extra <= left[label[owner]])
+        owner, option, extra, gain = owner[keep], option[keep], extra[keep], gain[keep]
+        if not owner.size:
+            return out
         best = int(np.argmax(gain))
         taken, cost, won = int(owner[best]), int(extra[best]), float(gain[best])
         out[taken] = option[best]
         room -= cost
+        left[label[taken]] -= cost
         same = owner == taken
         extra = np.where(same, extra - cost, extra)
         gain = np.where(same, gain - won, gain)
-        keep = (extra <= room) & (gain > 0)
-        owner, option, extra, gain = owner[keep], option[keep], extra[keep], gain[keep]
-    return out

@@ -1,54 +1,48 @@
-"""Experts, drawn: layer x expert as one image with an invisible layer for the mouse, and the profile by layer."""
+"""Experts, drawn: layer x expert as one image, and the profile by layer."""
 
 from __future__ import annotations
 
 import numpy as np
 import plotly.graph_objects as go
 
+from bitatlas.app.charts.cells import add_chosen, add_ground, gap_of
 from bitatlas.app.theme import Palette, template
-from bitatlas.app.views.experts import KNOWN, UNKNOWN, ZERO, ExpertsView, LayerProfile
+from bitatlas.app.views.experts import UNKNOWN, ZERO, ExpertsView, LayerProfile
 
 __all__ = ["HEIGHT", "expert_map", "profile"]
 
 HEIGHT = 500
 
 
-def expert_map(view: ExpertsView, p: Palette) -> go.Figure:
-    """The map; unknown experts are hatched. ``customdata[0]`` of a marker is its slot (layer row x experts + expert)."""
+def expert_map(view: ExpertsView, p: Palette, chosen: np.ndarray | None = None) -> go.Figure:
+    """The map; unknown experts are hatched. ``chosen``: slots (layer row x experts + expert) drawn as selected."""
     figure = go.Figure()
-    flat = [[0, p.below_floor], [1, p.unknown]]
-    ground = np.where(view.state == UNKNOWN, 1.0, np.where(view.state == ZERO, 0.0, np.nan)).astype(np.float32)  # fmt: skip
-    gap = 1 if max(view.z.shape) <= 64 else 0
-    figure.add_heatmap(z=ground, colorscale=flat, zmin=0, zmax=1, showscale=False, hoverinfo="skip", xgap=gap, ygap=gap)  # fmt: skip
+    gap = gap_of(view.z.shape)
+    here = "layer %{customdata[0]} · expert %{x}<br>"
+    rows = np.broadcast_to(np.array(view.layers)[:, None], view.z.shape)
+    unknown = view.state == UNKNOWN
+    add_ground(figure, unknown, view.state == ZERO, p, here + "unknown: no token reached it, or not measured",
+               customdata=rows[:, :, None].astype(np.float32))  # fmt: skip
     bar = {"title": {"text": ("log10 " if view.log else "") + view.unit, "side": "right"}, "thickness": 12, "outlinewidth": 0}  # fmt: skip
-    figure.add_heatmap(z=view.z, colorscale=p.damage, colorbar=bar, hoverinfo="skip", xgap=gap, ygap=gap)
-    size = 9 if max(view.z.shape) <= 40 else 5
-    for hatch in (False, True):
-        wanted = view.state == UNKNOWN if hatch else (view.state == KNOWN) | (view.state == ZERO)
-        y, x = np.nonzero(wanted)
-        if not len(y):
-            continue
-        data = np.stack([y * view.experts + x, view.value[y, x], view.tokens[y, x], np.array(view.layers)[y]], 1).astype(np.float32)  # fmt: skip
-        marker = {"symbol": "square", "size": size, "color": p.accent, "opacity": 0}
-        words = "<b>%{customdata[1]:.3~g}</b> " + view.unit
-        if hatch:
-            marker = {"symbol": "line-ne-open", "size": size, "color": p.muted, "opacity": 0.8}
-            words = "unknown: no token reached it, or not measured"
-        traffic = (
-            "<br>%{customdata[2]:,.0f} tokens" if np.isfinite(view.tokens[y, x]).any() and not hatch else ""
-        )
-        figure.add_scattergl(
-            x=x.astype(np.int32), y=y.astype(np.int32), mode="markers", marker=marker, customdata=data, showlegend=hatch,
-            name="unknown: never reached", hovertemplate="layer %{customdata[3]} · expert %{x}<br>" + words + traffic + "<extra></extra>",
-            selected={"marker": {"opacity": 1, "color": p.accent, "size": size}}, unselected={"marker": {"opacity": 0.8 if hatch else 0}},
-        )  # fmt: skip
+    data = np.stack([rows, view.value, view.tokens], 2).astype(np.float32)
+    traffic = "<br>%{customdata[2]:,.0f} tokens" if np.isfinite(view.tokens).any() else ""
+    figure.add_heatmap(
+        z=view.z, colorscale=p.damage, colorbar=bar, xgap=gap, ygap=gap, customdata=data, hoverongaps=False,
+        hovertemplate=here + "<b>%{customdata[1]:.3~g}</b> " + view.unit + traffic + "<extra></extra>",
+    )  # fmt: skip
+    mark = np.zeros(view.z.size, bool)
+    mark[[] if chosen is None else chosen] = True
+    add_chosen(figure, mark.reshape(view.z.shape), p)
     step = max(1, -(-len(view.layers) // 24))
-    at = list(range(0, len(view.layers), step))
+    figure.add_scatter(x=[None], y=[None], mode="markers", marker={"symbol": "square", "size": 11, "color": p.unknown}, hoverinfo="skip",
+                       name="unknown: never reached", showlegend=bool(unknown.any()))  # fmt: skip
     figure.update_layout(
-        template=template(p), height=HEIGHT, dragmode="select", hovermode="closest", uirevision="experts", margin={"l": 8, "r": 8, "t": 28, "b": 8},
-        xaxis={"title": "expert", "range": [-0.5, view.experts - 0.5], "showgrid": False},
-        yaxis={"title": "layer", "range": [len(view.layers) - 0.5, -0.5], "showgrid": False, "tickmode": "array", "tickvals": at,
-               "ticktext": [str(view.layers[i]) for i in at]},
+        template=template(p), height=HEIGHT, dragmode="select", clickmode="event", hovermode="closest", uirevision="experts",
+        margin={"l": 56, "r": 96, "t": 28, "b": 48, "autoexpand": False},
+        xaxis={"title": "expert", "range": [-0.5, view.experts - 0.5], "showgrid": False, "automargin": False},
+        yaxis={"title": "layer", "range": [len(view.layers) - 0.5, -0.5], "showgrid": False, "automargin": False,
+               "tickmode": "array", "tickvals": list(range(0, len(view.layers), step)),
+               "ticktext": [str(n) for n in view.layers[::step]]},
         newselection={"line": {"color": p.accent, "width": 1.5, "dash": "solid"}},
     )  # fmt: skip
     return figure

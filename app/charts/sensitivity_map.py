@@ -1,8 +1,8 @@
-"""The map's figure: heat maps for the eye, an invisible layer of square markers for the mouse.
+"""The map's figure: heat maps.
 
-Plotly reports clicks and boxes for scatter traces only, so each panel is a heat map plus a scattergl layer with one
-marker a cell; `customdata[0]` of a marker is the cell id. The figure depends on the selection only through
-``selected``, which the page changes when a selection comes from elsewhere (link, search, undo), never after a box.
+Boxes and lassos come back as coordinates (`views.regions`). Plotly reports clicks for scatter traces only: while clicks pick, each
+panel has an invisible scattergl layer with one marker a cell; `customdata[0]` of a marker is the cell id. The figure depends on
+the selection only through ``selected``, which the page changes when the figure changes anyway, never after a box.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
+from bitatlas.app.charts.cells import add_chosen, add_ground, gap_of
 from bitatlas.app.theme import Palette, template
 from bitatlas.app.views.map_cells import BELOW_FLOOR, UNKNOWN, MapPanel
 from bitatlas.app.views.sensitivity_map import MapView
@@ -37,7 +38,7 @@ def figure(view: MapView, palette: Palette, keys: tuple[str, ...], selected: np.
     domains = ([0.0, share], [share + 0.02, 1.0]) if two else ([0.0, 1.0],)
     for i, (panel, domain) in enumerate(zip(view.panels, domains)):
         axis = str(i + 1) if i else ""
-        _add_panel(fig, view, panel, axis, palette, keys, selected)
+        _add_panel(fig, view, panel, axis, palette, keys, selected, pick)
         x = _axis(panel.x, panel.x_title, _WIDTH * (domain[1] - domain[0]) / 26)
         x |= {"domain": domain, "tickangle": -90 if two and panel.kind == "roles" else 0}
         y = _axis(panel.y, "" if i else panel.y_title, HEIGHT / 20)
@@ -49,9 +50,9 @@ def figure(view: MapView, palette: Palette, keys: tuple[str, ...], selected: np.
     fig.update_layout(
         coloraxis={"colorscale": palette.damage, "colorbar": _colorbar(view, palette)},
         hovermode="closest",
-        hoverdistance=60,
         dragmode=_DRAG[pick],
-        margin={"l": 8, "r": 8, "t": 28, "b": 8},
+        clickmode="event+select" if pick == "click" else "event",
+        margin={"l": 62, "r": 92, "t": 28, "b": 62, "autoexpand": False},
         newselection={"line": {"color": palette.accent, "width": 1.5, "dash": "solid"}},
     )
     return fig
@@ -66,7 +67,7 @@ def _axis(labels: tuple[str, ...], title: str, room: float) -> dict[str, object]
         at.remove(1)
     return {
         "title": {"text": title}, "tickmode": "array", "tickvals": at, "ticktext": [labels[i] for i in at],
-        "showgrid": False, "range": [-0.5, n - 0.5],
+        "showgrid": False, "range": [-0.5, n - 0.5], "automargin": False,
     }  # fmt: skip
 
 
@@ -97,21 +98,50 @@ def _colorbar(view: MapView, palette: Palette) -> dict[str, object]:
 
 
 def _add_panel(
-    fig: go.Figure, view: MapView, p: MapPanel, axis: str, palette: Palette, keys: tuple[str, ...], selected: np.ndarray | None,
+    fig: go.Figure, view: MapView, p: MapPanel, axis: str, palette: Palette, keys: tuple[str, ...], selected: np.ndarray | None, pick: str,
 ) -> None:  # fmt: skip
     on = {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
-    gap = 1 if max(len(p.x), len(p.y)) <= 64 else 0
-    ground = np.where(p.state == UNKNOWN, 1.0, np.where(p.state == BELOW_FLOOR, 0.0, np.nan)).astype(
-        np.float32
-    )
-    flat = [[0, palette.below_floor], [1, palette.unknown]]
-    fig.add_heatmap(z=ground, colorscale=flat, zmin=0, zmax=1, showscale=False, hoverinfo="skip", xgap=gap, ygap=gap, **on)  # fmt: skip
-    fig.add_heatmap(z=p.z, coloraxis="coloraxis", hoverinfo="skip", xgap=gap, ygap=gap, **on)
-    state = p.state[p.cell_y, p.cell_x]
-    known = state != UNKNOWN
-    for mask, name in ((known, "known"), (~known, "unknown")):
-        if mask.any():
-            fig.add_trace(_ghost(view, p, mask, name == "unknown", palette, keys, selected).update(on))
+    gap = gap_of(p.z.shape)
+    shape = (*p.z.shape, 5)
+    data = np.full(shape, np.nan, np.float32)
+    data[p.cell_y, p.cell_x] = np.stack([p.layer, p.expert, p.value, p.stderr, p.rank], axis=1)
+    named = len(p.cell) <= _NAMES_UP_TO and p.size.max() == 1
+    names = None
+    if named:
+        names = np.full(p.z.shape, "", object)
+        names[p.cell_y, p.cell_x] = [keys[u] for u in p.unit]
+    add_ground(fig, p.state == UNKNOWN, np.zeros(p.z.shape, bool), palette, _where(p, named) + "<br>unknown: no token reached it",
+               customdata=data[:, :, :2], text=names, **on)  # fmt: skip
+    # Noise is part of the known cells: it has a value to show.
+    noise = np.where(p.state == BELOW_FLOOR, 0.0, np.nan).astype(np.float32)
+    words = {"hovertemplate": _where(p, named) + "<br>" + _numbers(view) + "<extra></extra>", "customdata": data, "text": names,
+             "hoverongaps": False, "xgap": gap, "ygap": gap} | on  # fmt: skip
+    if (p.state == BELOW_FLOOR).any():
+        fig.add_heatmap(z=noise, colorscale=[[0, palette.below_floor], [1, palette.below_floor]], showscale=False, **words)  # fmt: skip
+    fig.add_heatmap(z=p.z, coloraxis="coloraxis", **words)
+    if selected is not None:
+        chosen = np.zeros(p.z.shape, bool)
+        at = np.isin(p.cell, selected)
+        chosen[p.cell_y[at], p.cell_x[at]] = True
+        add_chosen(fig, chosen, palette, **on)
+    if pick == "click":
+        fig.add_scattergl(
+            x=p.cell_x.astype(np.int32), y=p.cell_y.astype(np.int32), mode="markers", customdata=p.cell.astype(np.float32)[:, None],
+            marker={"symbol": "square", "size": 9 if max(p.z.shape) <= 40 else 5, "color": palette.accent, "opacity": 0}, hoverinfo="none",
+            showlegend=False, selected={"marker": {"opacity": 1, "color": palette.accent}}, unselected={"marker": {"opacity": 0}}, **on,
+        )  # fmt: skip
+
+
+def _where(p: MapPanel, named: bool) -> str:
+    if named:
+        return "%{text}"
+    return "layer %{customdata[0]}" + (" · expert %{customdata[1]}" if p.kind == "experts" else " · %{x}")
+
+
+def _numbers(view: MapView) -> str:
+    unit = "" if not view.unit else f" {view.unit}"
+    floor = f"<br>noise floor {view.floor:.2g}" if view.log else ""
+    return f"<b>%{{customdata[2]:.3~g}}</b>{unit}  ± %{{customdata[3]:.2~g}}{floor}<br>rank %{{customdata[4]}} of {view.cells:,}"
 
 
 def _legend(fig: go.Figure, view: MapView, palette: Palette) -> None:
@@ -135,40 +165,3 @@ def _legend(fig: go.Figure, view: MapView, palette: Palette) -> None:
                 hoverinfo="skip",
                 showlegend=True,
             )
-
-
-def _ghost(
-    view: MapView, p: MapPanel, mask: np.ndarray, hatch: bool, palette: Palette, keys: tuple[str, ...], selected: np.ndarray | None,
-) -> go.Scattergl:  # fmt: skip
-    cells = p.cell[mask]
-    # float32 holds ids below 16 million exactly, in half the bytes.
-    data = np.stack([cells, p.value[mask], p.stderr[mask], p.rank[mask], p.expert[mask]], axis=1).astype(
-        np.float32
-    )
-    unit = "" if not view.unit else f" {view.unit}"
-    named = len(p.cell) <= _NAMES_UP_TO and p.size.max() == 1
-    where = (
-        "%{text}"
-        if named
-        else "layer %{y}" + (" · expert %{customdata[4]}" if p.kind == "experts" else " · %{x}")
-    )
-    numbers = (
-        "unknown: no token reached it"
-        if hatch
-        else "<b>%{customdata[1]:.3~g}</b>" + unit + "  ± %{customdata[2]:.2~g}"
-        + (f"<br>noise floor {view.floor:.2g}" if view.log else "")
-        + f"<br>rank %{{customdata[3]}} of {view.cells:,}"
-    )  # fmt: skip
-    size = 9 if len(p.y) <= 40 and len(p.x) <= 40 else 5
-    marker: dict[str, object] = {"symbol": "square", "size": size, "color": palette.accent, "opacity": 0}
-    unselected: dict[str, object] = {"opacity": 0}
-    if hatch:
-        marker = {"symbol": "line-ne-open", "size": size, "color": palette.muted, "opacity": 0.8}
-        unselected = {"opacity": 0.8}
-    chosen = None if selected is None else np.flatnonzero(np.isin(cells, selected)).tolist()
-    return go.Scattergl(
-        x=p.cell_x[mask].astype(np.int32), y=p.cell_y[mask].astype(np.int32), mode="markers", marker=marker,
-        customdata=data, text=[keys[u] for u in p.unit[mask]] if named else None,
-        hovertemplate=where + "<br>" + numbers + "<extra></extra>", showlegend=False, selectedpoints=chosen,
-        selected={"marker": {"opacity": 1, "color": palette.accent, "size": size}}, unselected={"marker": unselected},
-    )  # fmt: skip

@@ -12,9 +12,11 @@ from bitatlas.app.views import experts as views
 from bitatlas.app.views.fit_controls import preferred
 from bitatlas.app.widgets.boxes import empty_state
 from bitatlas.app.widgets.data import the_study
+from bitatlas.app.widgets.expert_budget import expert_budget
 from bitatlas.app.widgets.frame import title
+from bitatlas.app.widgets.kept import kept
 from bitatlas.app.widgets.look import current_palette
-from bitatlas.app.widgets.picking import picked
+from bitatlas.app.widgets.picking import drawn
 from bitatlas.app.widgets.twin import cli_twin, command, downloads
 
 __all__ = ["page"]
@@ -31,16 +33,25 @@ def page() -> None:
     head = st.container()
     quantity, metric, format = _controls(study, known)
     if known:
-        view = views.build(study, quantity, metric, format)
+        view = kept(
+            study,
+            "experts",
+            quantity,
+            metric,
+            format,
+            make=lambda: views.build(study, quantity, metric, format),
+        )
         with head:
             title(view.title, view.subtitle)
-        _map(study, view, quantity)
+        _map(study, view, (quantity, metric, format))
     else:
         with head:
             words = ("No expert has been measured yet", "Measure routing, a damage or alphaq.") if study.index.n_experts else (
                 f"{study.index.name} is dense: it has layers, but no experts", "")  # fmt: skip
             title(*words)
     _profile(study, metric, format)
+    if known and metric:
+        expert_budget(study, metric)
     cli_twin(command("measure", study.index.path, metric="routing,alphaq" if study.index.n_experts else "lim,zd"))  # fmt: skip
 
 
@@ -59,12 +70,23 @@ def _controls(study: Study, known: tuple[str, ...]) -> tuple[str, str, str]:
     return quantity, metric, format
 
 
-def _map(study: Study, view: views.ExpertsView, quantity: str) -> None:
+def _map(study: Study, view: views.ExpertsView, asked: tuple[str, str, str]) -> None:
+    quantity, look = asked[0], current_palette()
+    shown = state.shown_selection("experts", (study.index.digest, asked))
+    figure = kept(
+        study,
+        "experts_map",
+        asked,
+        look.dark,
+        shown.ids,
+        make=lambda: charts.expert_map(view, look, view.slots_of(shown)),
+    )
+
     def chosen() -> None:
-        state.select(view.units_of(picked("expert_map")), from_chart=True)
+        state.select(view.units_of(view.slots_in(drawn("expert_map"))), from_chart=True)
 
     st.plotly_chart(
-        charts.expert_map(view, current_palette()), key="expert_map", on_select=chosen, selection_mode=("points", "box", "lasso"), theme=None,
+        figure, key="expert_map", on_select=chosen, selection_mode=("box", "lasso"), theme=None,
         height=charts.HEIGHT, config={"displaylogo": False, "toImageButtonOptions": {"filename": f"{study.index.name}-experts", "scale": 2}},
         alt=f"{view.title}. {view.subtitle}",
     )  # fmt: skip
@@ -83,9 +105,10 @@ def _map(study: Study, view: views.ExpertsView, quantity: str) -> None:
 
 
 def _profile(study: Study, metric: str, format: str) -> None:
-    view = views.layer_profile(study, metric, format)
+    look = current_palette()
+    view = kept(study, "profile", metric, format, make=lambda: views.layer_profile(study, metric, format))
     if not view.scores:
         return
     st.markdown("#### Layer by layer")
-    st.plotly_chart(charts.profile(view, current_palette()), key="layer_profile", theme=None, config={"displayModeBar": False},
+    st.plotly_chart(kept(study, "profile_chart", metric, format, look.dark, make=lambda: charts.profile(view, look)), key="layer_profile", theme=None, config={"displayModeBar": False},
                     alt="Block scores by layer")  # fmt: skip

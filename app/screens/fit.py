@@ -175,13 +175,16 @@ def _free(view: views.FitView) -> int:
 
 def _take_away(study: Study, asked: controls.Asked, view: views.FitView, pins: dict[str, str]) -> None:
     """The allocation as a file, kept in the study, and the same from the shell."""
-    allocation = fit_cache.answer(study, asked, pins)
+
+    def text() -> str:
+        return fit_cache.answer(study, asked, pins).to_json()
+
     shares = pd.DataFrame([{"format": s.format, "units": s.units, "weights": s.params, "bytes": s.nbytes, "predicted damage": s.damage}
                            for s in view.shares])  # fmt: skip
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.download_button("Allocation", allocation.to_json, f"{study.index.name}-{view.bits_per_weight:.2f}bpw.json", "application/json",
+        st.download_button("Allocation", text, f"{study.index.name}-{view.bits_per_weight:.2f}bpw.json", "application/json",
                            icon=":material/download:", type="primary", on_click="ignore", key="download_allocation")  # fmt: skip
-        st.button("Keep in the study", icon=":material/bookmark:", on_click=fit_cache.keep, args=(allocation,), key="keep_allocation",
+        st.button("Keep in the study", icon=":material/bookmark:", on_click=fit_cache.keep, args=(study, asked, pins), key="keep_allocation",
                   help="Then Verify and Export can use it.")  # fmt: skip
     st.dataframe(shares, hide_index=True)
     cli_twin(controls.twin(study.index.path, asked, pins))

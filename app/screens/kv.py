@@ -68,10 +68,10 @@ def _split(study: Study, table: KvTable) -> None:
         )
         batch = st.number_input("Batch", 1, 1024, 1, key="kv_batch", bind="query-params")
     formats = tuple(fit_controls.usual(study.tables[metric].formats))
-    problem, _ = fit_cache.front(study, metric, formats, {})
+    _, front = fit_cache.front(study, metric, formats, {})
     total = int(memory * bounds.scale)
     try:
-        view = views.build_split(problem, table, geometry, memory=total - study.index.kept_bytes, context=int(context),
+        view = views.build_split(front, table, geometry, memory=total - study.index.kept_bytes, context=int(context),
                                  batch=int(batch))  # fmt: skip
     except UserError as error:
         error_box(error)

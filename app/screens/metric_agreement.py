@@ -15,11 +15,13 @@ from bitatlas.app.selection import Selection
 from bitatlas.app.studies import Study
 from bitatlas.app.views import metric_agreement as views
 from bitatlas.app.views.fit_controls import preferred
+from bitatlas.app.views.regions import inside
 from bitatlas.app.widgets.boxes import empty_state
 from bitatlas.app.widgets.data import get_matrix, get_trust, the_study
 from bitatlas.app.widgets.frame import title
+from bitatlas.app.widgets.kept import kept
 from bitatlas.app.widgets.look import current_palette
-from bitatlas.app.widgets.picking import picked
+from bitatlas.app.widgets.picking import drawn
 from bitatlas.app.widgets.twin import cli_twin, command, downloads
 
 __all__ = ["page"]
@@ -41,7 +43,7 @@ def page() -> None:
         return
     head = st.container()
     controls = _controls(study)
-    view = views.build(study, controls)
+    view = kept(study, "metrics", controls, make=lambda: views.build(study, controls))
     trust = get_trust(study.index.digest)
     with head:
         title(view.title, view.subtitle)
@@ -78,12 +80,19 @@ def _controls(study: Study) -> views.MetricsControls:
 
 
 def _scatter(study: Study, view: views.MetricsView, controls: views.MetricsControls) -> None:
-    figure = charts.rank_scatter(view, controls.x, controls.y, study.keys, current_palette())
+    look = current_palette()
+    figure = kept(
+        study,
+        "rank_scatter",
+        controls,
+        look.dark,
+        make=lambda: charts.rank_scatter(view, controls.x, controls.y, study.keys, look),
+    )
 
     def chosen() -> None:
-        state.select(Selection.of(picked("rank_scatter")), from_chart=True)
+        state.select(Selection.of(view.ids[inside(drawn("rank_scatter"), view.x, view.y)]), from_chart=True)
 
-    st.plotly_chart(figure, key="rank_scatter", on_select=chosen, selection_mode=("points", "box", "lasso"), theme=None,
+    st.plotly_chart(figure, key="rank_scatter", on_select=chosen, selection_mode=("box", "lasso"), theme=None,
                     config={"displaylogo": False}, alt=view.title)  # fmt: skip
 
 

@@ -18,8 +18,9 @@ from bitatlas.app.views.words import count
 from bitatlas.app.widgets.boxes import empty_state, error_box
 from bitatlas.app.widgets.data import get_trust, the_study
 from bitatlas.app.widgets.frame import title
+from bitatlas.app.widgets.kept import kept
 from bitatlas.app.widgets.look import current_palette
-from bitatlas.app.widgets.picking import picked
+from bitatlas.app.widgets.picking import drawn, picked
 from bitatlas.app.widgets.twin import cli_twin, command, downloads
 
 __all__ = ["page"]
@@ -37,7 +38,7 @@ def page() -> None:
         return
     head = st.container()
     controls = _controls(study)
-    view = views.build(study, controls)
+    view = kept(study, "map", controls, make=lambda: views.build(study, controls))
     with head:
         title(view.title, view.subtitle)
     _chart(study, view, controls)
@@ -81,18 +82,24 @@ def _controls(study: Study) -> views.MapControls:
 
 
 def _chart(study: Study, view: views.MapView, controls: views.MapControls) -> None:
-    # The figure shows the selection of the last epoch; what is boxed since then the browser shows by itself.
-    epoch = state.selection_epoch()
-    if st.session_state.get("_map_epoch") != (epoch, study.index.digest):
-        st.session_state["_map_epoch"] = (epoch, study.index.digest)
-        st.session_state["_map_shown"] = state.selection()
-    shown = st.session_state["_map_shown"]
+    pick = st.session_state.get("pick") or "box"
+    shown = state.shown_selection("map", (study.index.digest, controls, pick))
     cells = view.cells_of(shown) if len(shown) else None
-    fig = chart.figure(view, current_palette(), study.keys, cells, st.session_state.get("pick") or "box")
+    look = current_palette()
+    fig = kept(
+        study,
+        "map_chart",
+        controls,
+        pick,
+        look.dark,
+        shown.ids,
+        make=lambda: chart.figure(view, look, study.keys, cells, pick),
+    )
     key = "map_chart"
 
     def chosen() -> None:
-        state.select(view.units_of(picked(key)), from_chart=True)
+        found = picked(key) if pick == "click" else view.cells_in(drawn(key))
+        state.select(view.units_of(found), from_chart=True)
 
     name = f"{study.index.name}-{controls.metric}-{controls.format}"
     st.plotly_chart(

@@ -16,6 +16,7 @@ from bitatlas.analysis.schema import (
     ModelIndex,
     Provenance,
     SensitivityTable,
+    TieGroup,
     UserError,
     expand_formats,
     is_kv_metric,
@@ -23,7 +24,10 @@ from bitatlas.analysis.schema import (
     resolve_pins,
 )
 from bitatlas.app.budgets import resolve_budget, uniform_kv
+from bitatlas.app.expert_groups import EVIDENCE
+from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
 from bitatlas.app.side_budgets import SideLimits
+from bitatlas.app.side_budgets import active_bytes as bytes_read
 from bitatlas.app.sizes import parse_bytes
 from bitatlas.app.tasks.interaction import with_probes
 from bitatlas.app.tasks.joint import find_kv_table, solve_joint
@@ -71,16 +75,19 @@ def build_problem(
     limit_bytes: int,
     pins: dict[str, str],
     limits: Limits | None = None,
+    ties: tuple[TieGroup, ...] = (),
 ) -> Problem:
     """The solvers' problem; formats that only pins use become columns of their own.
 
     ``limits`` of an engine add its ties, pins where it takes none of the formats (pins by hand come first), and the bytes
-    of its own container: the budget holds there too.
+    of its own container: the budget holds there too. ``ties`` are the user's own.
     """
     wanted = tuple(parse_format(f) for f in formats)
     if limits is None:
-        return Problem.build(index, table, wanted, limit_bytes, pins=pins)
-    problem = Problem.build(index, table, wanted, limit_bytes, pins={**limits.pins, **pins}, ties=limits.ties)
+        return Problem.build(index, table, wanted, limit_bytes, pins=pins, ties=ties)
+    problem = Problem.build(
+        index, table, wanted, limit_bytes, pins={**limits.pins, **pins}, ties=(*limits.ties, *ties)
+    )
     mask = limits.mask(index, problem.formats, free=tuple(pins))
     more = max(0, limits.target.kept_bytes(index) - index.kept_bytes)
     return replace(
@@ -89,6 +96,18 @@ def build_problem(
         bytes=limits.bytes(index, problem.formats),
         limit_bytes=limit_bytes - more,
     )
+
+
+def expert_evidence(
+    store: Store, index: ModelIndex, table: SensitivityTable | None
+) -> dict[str, SensitivityTable]:
+    """What is known about experts: the damage, and of everything else that groups are made of the newest measurement."""
+    out = {table.metric: table} if table is not None else {}
+    for name in EVIDENCE:
+        run = store.latest_run(index.digest, name)
+        if run is not None:
+            out[name] = store.table(run, name, index.unit_keys())
+    return out
 
 
 def _prepare(
@@ -138,6 +157,7 @@ def solve(
     latency_ms: float | None = None,
     bops: float | None = None,
     active_bytes: str | int | None = None,
+    experts: ExpertRules | None = None,
     output: str | Path | None = None,
 ) -> Allocation:
     """The best allocation that a solver finds within a budget; stored, and written to ``output`` when named.
@@ -145,6 +165,7 @@ def solve(
     ``kv``: K and V of every layer get formats too, under the same ``fit`` budget; ``kv_bits`` gives all layers the same.
     Further limits hold beside the bytes (`app.side_budgets`): ``latency_ms`` of one decoding step of ``batch`` sequences by the
     kernel table of this machine, ``bops`` per token (in 10^9), ``active_bytes`` read per step. The default solver then is `ilp`.
+    ``experts``: limits on groups of experts (default solver `hull`), floors for rare ones, ties among them (`app.expert_rules`).
 
     Raises:
         UserError: not measured, impossible budget (names the smallest possible one), a pin that matches nothing.
@@ -157,24 +178,30 @@ def solve(
         raise UserError(
             "further limits are for the weights alone", found="--kv as well", fix="leave out --kv"
         )
-    solver = "ilp" if asked and solver == "mckp" else solver
+    rules = experts or ExpertRules()
+    if solver == "mckp" and (asked or rules.limits):
+        solver = "ilp" if asked else "hull"
     algorithm = get_solver(solver)
     store, index, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
     )
+    problem = build_problem(index, table, names, 0, pinned, limits, expert_ties(index, rules.ties))
+    if rules:
+        problem = under_rules(problem, index, expert_evidence(store, index, table), rules, metric, seed)
     if kv and fit is not None:
-        problem = with_probes(build_problem(index, table, names, 0, pinned, limits), table, algorithm)
+        problem = with_probes(problem, table, algorithm)
         cache = find_kv_table(store, index, kv_metric)
         allocation = solve_joint(
             index, problem, cache, total_bytes=parse_bytes(fit), reserve_bytes=parse_bytes(reserve), context=context,
             batch=batch, solver=solver, seed=seed,
-            provenance=_provenance(index, table, names, solver, limits, seed, kv_run=cache.run),
+            provenance=_provenance(index, table, names, solver, limits, seed, kv_run=cache.run, **(rules.settings() if rules else {})),
         )  # fmt: skip
     else:
         budget = resolve_budget(index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
                                 reserve=reserve, bits_k=kv_bits, bits_v=kv_bits)  # fmt: skip
         side = SideLimits(latency_ms, bops, active_bytes, batch) if asked else None
-        allocation = solve_table(index, table, names, budget, solver, pinned, limits, seed, side)
+        posed = problem.with_limit(problem.limit_bytes + budget.weights_bytes - index.kept_bytes)
+        allocation = _solved(posed, index, table, names, budget, solver, limits, seed, side, rules)
         same = uniform_kv(index, kv_bits, kv_bits)
         allocation = replace(allocation, kv={i: (p.k.name, p.v.name) for i, p in same.items()})
     store.put_allocation(allocation)
@@ -196,13 +223,19 @@ def solve_table(
 ) -> Allocation:
     """`solve` without the store: what a page calls while a slider moves."""
     problem = build_problem(index, table, formats, budget.weights_bytes - index.kept_bytes, pins, limits)
+    return _solved(problem, index, table, formats, budget, solver, limits, seed, side)
+
+
+def _solved(
+    problem: Problem, index: ModelIndex, table: SensitivityTable | None, formats: tuple[str, ...], budget: Budget, solver: str,
+    limits: Limits | None, seed: int, side: SideLimits | None, rules: ExpertRules | None = None,
+) -> Allocation:  # fmt: skip
     if side is not None:
-        problem = replace(problem, side=side.budgets(index, problem.formats))
+        problem = replace(problem, side=(*problem.side, *side.budgets(index, problem.formats)))
     algorithm = get_solver(solver)
     solution = algorithm.solve(with_probes(problem, table, algorithm), seed=seed)
-    provenance = _provenance(
-        index, table, formats, solver, limits, seed, **(side.settings() if side is not None else {})
-    )
+    more = (side.settings() if side is not None else {}) | (rules.settings() if rules else {})
+    provenance = _provenance(index, table, formats, solver, limits, seed, **more)
     return in_own_bytes(to_allocation(problem, solution, index, budget=budget, provenance=provenance), index)
 
 
@@ -234,16 +267,20 @@ def frontier(
     pins: list[str] | None = None,
     target: str | None = None,
     points: int = 64,
+    experts: ExpertRules | None = None,
 ) -> Frontier:
-    """The best predicted damage at every size, cheapest first; stored."""
-    algorithm = get_solver(solver)
+    """The best predicted damage at every size, cheapest first, under the rules for experts; stored."""
+    algorithm, rules = get_solver(solver), experts or ExpertRules()
     store, index, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
     )
     fmts = [parse_format(f) for f in names]
     sizes = index.bytes_table(fmts) if limits is None else limits.bytes(index, (*names, "bf16"))
     ceiling = int(sizes.max(axis=1).sum())
-    problem = with_probes(build_problem(index, table, names, ceiling, pinned, limits), table, algorithm)
+    problem = build_problem(index, table, names, ceiling, pinned, limits, expert_ties(index, rules.ties))
+    if rules:
+        problem = under_rules(problem, index, expert_evidence(store, index, table), rules, metric)
+    problem = with_probes(problem, table, algorithm)
     front = sweep(problem, algorithm, points=points)
     store.put_frontier(index.digest, front)
     return front
@@ -295,11 +332,12 @@ def describe_allocation(allocation: Allocation, file: str | Path | None = None) 
 
 
 def describe_frontier(front: Frontier, model: str | Path) -> list[dict[str, Any]]:
-    """One row per point of a front: bytes, effective bits, predicted damage, units per format."""
-    params = register(model).params
-    rows = []
+    """One row per point of a front: bytes, bytes read per token, effective bits, predicted damage, units per format."""
+    index = register(model)
+    params, read = index.params, bytes_read(index, front.formats)
+    units, rows = np.arange(len(index.units)), []
     for p, (size, damage) in enumerate(zip(front.payload_bytes, front.predicted)):
         counts = np.bincount(front.choice[p], minlength=len(front.formats))
-        rows.append({"payload_bytes": int(size), "bits_per_weight": float(size) * 8 / params, "predicted": float(damage),
+        rows.append({"payload_bytes": int(size), "active_bytes": int(read[units, front.choice[p]].sum()), "bits_per_weight": float(size) * 8 / params, "predicted": float(damage),
                      "units": " ".join(f"{n}x{f}" for f, n in zip(front.formats, counts) if n)})  # fmt: skip
     return rows

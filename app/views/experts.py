@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from bitatlas.analysis.schema import NO_FORMAT, UserError
 from bitatlas.app.selection import Selection
 from bitatlas.app.studies import Study
+from bitatlas.app.views.regions import inside
 from bitatlas.app.views.words import count, metric_unit
 
 __all__ = [
@@ -55,9 +57,20 @@ class ExpertsView:
     tokens: np.ndarray
     slot: np.ndarray
 
-    def units_of(self, slots: list[int]) -> Selection:
+    def units_of(self, slots: Iterable[int]) -> Selection:
         """The units of these experts, all projections of each."""
-        return Selection(tuple(np.flatnonzero(np.isin(self.slot, np.array(slots, np.int64))).tolist()))
+        wanted = np.fromiter(slots, np.int64)
+        return Selection(tuple(np.flatnonzero(np.isin(self.slot, wanted)).tolist()))
+
+    def slots_of(self, selection: Selection) -> np.ndarray:
+        """Slots that hold a selected unit, sorted."""
+        hit = np.unique(self.slot[np.array([i for i in selection.ids if i < len(self.slot)], np.int64)])
+        return hit[hit >= 0]
+
+    def slots_in(self, event: Mapping[str, Any] | None) -> list[int]:
+        """Slots of the experts in the boxes and lassos of a chart."""
+        row, column = np.nonzero(self.state != ABSENT)
+        return (row * self.experts + column)[inside(event, column, row)].tolist()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -165,7 +165,7 @@ def _view(
     segments = _segments(shares, index.kept_bytes, controls, used)
     gap = point.objective - point.lower_bound
     return FitView(
-        title=f"{format_bytes(used)} of {format_bytes(controls.total_bytes)} used; {_concentration(index, damage_of)}",
+        title=f"{format_bytes(used)} of {format_bytes(controls.total_bytes)} used; {_concentration(problem.layers, damage_of)}",
         detail=_next_step(cache, point, limit=controls.budget.weights_bytes - index.kept_bytes),
         segments=segments,
         shares=tuple(shares),
@@ -199,15 +199,13 @@ def _segments(
     return tuple(s for s in out if s.nbytes)
 
 
-def _concentration(index: ModelIndex, damage: np.ndarray) -> str:
+def _concentration(layers: np.ndarray, damage: np.ndarray) -> str:
     """Where the remaining damage sits, in words."""
     total = float(damage.sum())
     if total <= 0:
         return "no damage is predicted"
-    layers: dict[int, float] = {}
-    for unit, d in zip(index.units, damage):
-        layers[unit.layer] = layers.get(unit.layer, 0.0) + float(d)
-    worst = sorted(layers.values(), reverse=True)
+    _, of_layer = np.unique(layers, return_inverse=True)
+    worst = np.sort(np.bincount(of_layer, damage))[::-1]
     count = int(np.searchsorted(np.cumsum(worst), total / 2)) + 1
     noun = "layer carries" if count == 1 else "layers carry"
     return f"{count} of {len(worst)} {noun} half of the predicted damage"

@@ -9,7 +9,7 @@ import numpy as np
 
 from bitatlas.analysis.schema import KvGeometry, KvTable, UserError, parse_kv_format
 from bitatlas.app.sizes import format_bytes
-from bitatlas.solvers import FrontCache, Problem
+from bitatlas.solvers import FrontCache
 from bitatlas.solvers.joint import kv_problem
 
 __all__ = ["KvMap", "Panel", "Split", "build_map", "build_split"]
@@ -127,12 +127,12 @@ def _where(table: KvTable) -> str:
 
 
 def build_split(
-    weights: Problem, table: KvTable, geometry: KvGeometry, *, memory: int, context: int, batch: int
+    front: FrontCache, table: KvTable, geometry: KvGeometry, *, memory: int, context: int, batch: int
 ) -> Split:
     """How ``memory`` bytes (kept tensors and reserve already taken off) should be shared.
 
     Args:
-        weights: the weights' problem; its own limit does not count.
+        front: of the weights' problem.
         memory: for the units' payload and the cache together.
 
     Raises:
@@ -141,7 +141,7 @@ def build_split(
     if context < 1:
         raise UserError("the split needs a context length", found="0 tokens", fix="set the context")
     cache = kv_problem(table, geometry, context=context, batch=batch, limit_bytes=0)
-    front, kv_front = FrontCache.of(weights), FrontCache.of(cache)
+    kv_front = FrontCache.of(cache)
     least, kv_least = int(front.cum_bytes[0]), int(kv_front.cum_bytes[0])
     if least + kv_least > memory:
         raise UserError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from bitatlas.analysis.schema import NO_FORMAT, SensitivityTable, UserError, par
 from bitatlas.app.selection import Selection
 from bitatlas.app.studies import Study
 from bitatlas.app.views.map_cells import MapPanel, Measured, expert_panel, role_panel
+from bitatlas.app.views.regions import inside
 from bitatlas.app.views.words import count, metric_unit
 
 __all__ = ["ALL", "NORMALISE", "MapControls", "MapView", "build", "projections", "search"]
@@ -60,6 +62,14 @@ class MapView:
         """The units behind these cell ids."""
         wanted = np.fromiter(cells, np.int64)
         return Selection(tuple(np.flatnonzero(np.isin(self.unit_cell, wanted)).tolist()))
+
+    def cells_in(self, event: Mapping[str, Any] | None) -> list[int]:
+        """Ids of the cells in the boxes and lassos of a chart."""
+        found = [
+            p.cell[inside(event, p.cell_x, p.cell_y, str(i + 1) if i else "")]
+            for i, p in enumerate(self.panels)
+        ]
+        return np.concatenate(found).tolist() if found else []
 
     def cells_of(self, selection: Selection) -> np.ndarray:
         """Ids of the cells that hold a selected unit, sorted."""

@@ -50,7 +50,10 @@ def build(study: Study, view: MapView, controls: MapControls, selection: Selecti
         "rank": np.where(np.isfinite(value[ids]), rank[ids], 0),
     }
     if controls.format != NO_FORMAT:
-        columns["bytes"] = study.index.bytes_table([parse_format(controls.format)])[ids, 0]
+        stored = parse_format(controls.format)
+        columns["bytes"] = np.array(
+            [stored.payload_bytes(units[i].rows, units[i].cols) for i in ids], np.int64
+        )
     columns["pin"] = [pins.get(int(i), "") for i in ids]
     return UnitTable(title, columns, ids)
 

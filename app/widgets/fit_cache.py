@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
+from typing import Any
 
 import streamlit as st
 
 from bitatlas.analysis.schema import Allocation, Provenance, parse_format
 from bitatlas.app import studies
 from bitatlas.app.budgets import uniform_kv
+from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
 from bitatlas.app.studies import Study
 from bitatlas.app.views.fit_controls import Asked
 from bitatlas.app.widgets.data import forget
@@ -18,30 +21,41 @@ __all__ = ["answer", "front", "keep", "sizes", "unit_of"]
 
 
 def front(
-    study: Study, metric: str, formats: tuple[str, ...], pins: Mapping[str, str]
+    study: Study,
+    metric: str,
+    formats: tuple[str, ...],
+    pins: Mapping[str, str],
+    rules: ExpertRules | None = None,
 ) -> tuple[Problem, FrontCache]:
-    """The problem and its whole front; solved once per (table, formats, pins), shared by all sessions.
+    """The problem and its whole front; solved once per (table, formats, pins, rules), shared by all sessions.
 
     Raises:
-        UserError: pins or formats that cannot be.
+        UserError: pins, formats or rules for experts that cannot be.
     """
+    runs = tuple(t.run for t in study.tables.values())
     return _front(
-        study.index.digest, study.tables[metric].run, metric, formats, tuple(sorted(pins.items())), study
+        study.index.digest, runs, metric, formats, tuple(sorted(pins.items())), astuple(rules or ExpertRules()), study
     )
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
 def _front(
     digest: str,
-    run: str,
+    runs: tuple[str, ...],
     metric: str,
     formats: tuple[str, ...],
     pins: tuple[tuple[str, str], ...],
+    asked: tuple[Any, ...],
     _study: Study,
 ) -> tuple[Problem, FrontCache]:
     table = _study.tables[metric].select(formats)
     ceiling = int(_study.index.bytes_table([parse_format("bf16")]).sum()) * 2
-    problem = Problem.build(_study.index, table, formats, ceiling, pins=dict(pins))
+    rules = ExpertRules(*asked)
+    problem = Problem.build(
+        _study.index, table, formats, ceiling, pins=dict(pins), ties=expert_ties(_study.index, rules.ties)
+    )
+    if rules:
+        problem = under_rules(problem, _study.index, _study.tables, rules, metric)
     return problem, FrontCache.of(problem)
 
 
@@ -74,8 +88,8 @@ def answer(study: Study, asked: Asked, pins: Mapping[str, str]) -> Allocation:
     return to_allocation(posed, solution, study.index, budget=budget, provenance=provenance, kv=plan)
 
 
-def keep(kept: Allocation) -> None:
-    """Store an allocation, so that the other pages see it."""
-    studies.open_store().put_allocation(kept)
+def keep(study: Study, asked: Asked, pins: Mapping[str, str]) -> None:
+    """Store the answer, so that the other pages see it. Solved and certified now, not at every turn of a slider."""
+    studies.open_store().put_allocation(answer(study, asked, pins))
     forget()
     st.toast("Kept: see Verify and Export", icon=":material/bookmark:")

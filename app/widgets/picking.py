@@ -6,7 +6,7 @@ from typing import Any
 
 import streamlit as st
 
-__all__ = ["picked", "picked_ids"]
+__all__ = ["drawn", "picked", "picked_ids"]
 
 
 def picked_ids(event: Any) -> list[int]:
@@ -31,3 +31,8 @@ def picked_ids(event: Any) -> list[int]:
 def picked(key: str) -> list[int]:
     """`picked_ids` of the chart with this key, in its ``on_select`` callback."""
     return picked_ids(st.session_state.get(key))
+
+
+def drawn(key: str) -> Any:
+    """The event of the chart with this key: boxes and lassos for `views.regions`."""
+    return st.session_state.get(key)

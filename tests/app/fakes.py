@@ -16,6 +16,7 @@ from bitatlas.analysis.schema import (
     ModelIndex,
     QuantUnit,
     SensitivityTable,
+    kv_unit,
     parse_format,
 )
 from bitatlas.cache.store import Store
@@ -101,6 +102,26 @@ def alpha_table(index: ModelIndex, seed: int = 1) -> SensitivityTable:
         "alphaq_alpha", index.unit_keys(), (NO_FORMAT,), rng.normal(3, 0.6, (n, 1)), np.full((n, 1), np.nan),
         np.ones((n, 1), np.int64), 0.0, "run-alpha",
     )  # fmt: skip
+
+
+def kv_rows(index: ModelIndex, metric: str = "kv_fisher") -> list[DamageRow]:
+    """Damage of K, V and both by layer at 2, 4 and 8 bits; K hurts five times as much, early layers most."""
+    out = []
+    for layer in range(index.n_layers):
+        base = 0.1 * (0.3 + np.exp(-layer / 8))
+        for bits in (2, 4, 8):
+            for part, axis, share in (("k", "channel", 5.0), ("v", "token", 1.0)):
+                out.append(
+                    DamageRow(
+                        metric, kv_unit(layer, part), f"kv{bits}-{axis}", base * share * 4.0**-bits, count=9
+                    )
+                )
+            for other in (2, 4, 8):
+                both = base * (5 * 4.0**-bits + 4.0**-other)
+                out.append(
+                    DamageRow(metric, kv_unit(layer), f"kv{bits}-channel/kv{other}-token", both, count=9)
+                )
+    return out
 
 
 def fill(store: Store, index: ModelIndex, floor: float = 2e-7) -> str:

@@ -88,3 +88,24 @@ def test_a_units_inputs_and_how_to_get_them(filled, home, tmp_path):
     at = open_page("unit", study=filled[0], unit=name, weights="true")
     assert any("Half of the 100 values are below 1," in c.value for c in at.caption)
     assert not any("--metric massive_activations" in c.value for c in at.code)
+
+
+def test_a_budget_for_groups_of_experts(filled):
+    page = open_page(
+        "experts",
+        study=filled[1],
+        expert_group="damage",
+        expert_parts="3",
+        expert_limits="q3=3",
+        expert_floor="int4-g64",
+    )
+    assert not page.exception
+    words = " ".join(m.value for m in page.markdown)
+    assert "Experts get" in words
+    assert "the rules cost" in words
+    line = next(c.value for c in page.code if "--expert-groups" in c.value)
+    assert "--group-limit q3=3" in line
+    assert "--rare-floor int4-g64" in line
+    wrong = open_page("experts", study=filled[1], expert_group="damage", expert_limits="q9=3")
+    assert not wrong.exception
+    assert any("no group of experts" in e.value for e in wrong.error)

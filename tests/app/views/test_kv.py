@@ -11,7 +11,7 @@ from bitatlas.analysis.schema import DamageRow, KvGeometry, KvLayout, KvTable, U
 from bitatlas.app.charts import kv as charts
 from bitatlas.app.theme import LIGHT
 from bitatlas.app.views.kv import build_map, build_split
-from bitatlas.solvers import Problem
+from bitatlas.solvers import FrontCache, Problem
 
 GEOMETRY = KvGeometry((2, 0, 2, 2), 16, (0, 0, 0, 0))
 LAYOUT = KvLayout(8, 8)
@@ -76,7 +76,7 @@ def test_the_split_is_the_best_point_of_its_own_curve_and_near_the_joint_optimum
     from bitatlas.solvers.joint import join_kv
 
     memory = 110_000
-    view = build_split(weights(), table, GEOMETRY, memory=memory, context=512, batch=1)
+    view = build_split(FrontCache.of(weights()), table, GEOMETRY, memory=memory, context=512, batch=1)
     assert view.best == int(np.argmin(view.total))
     assert (np.diff(view.kv_bytes) > 0).all()
     joint = join_kv(
@@ -87,12 +87,12 @@ def test_the_split_is_the_best_point_of_its_own_curve_and_near_the_joint_optimum
     assert set(view.plan) == {0, 2, 3}
     assert "Give the KV cache" in view.title
     assert len(charts.split_chart(view, LIGHT).data) == 4
-    longer = build_split(weights(), table, GEOMETRY, memory=memory, context=700, batch=1)
+    longer = build_split(FrontCache.of(weights()), table, GEOMETRY, memory=memory, context=700, batch=1)
     assert longer.total[longer.best] > view.total[view.best]
 
 
 def test_too_little_memory_is_said(table):
     with pytest.raises(UserError, match="too small"):
-        build_split(weights(), table, GEOMETRY, memory=4_000, context=512, batch=1)
+        build_split(FrontCache.of(weights()), table, GEOMETRY, memory=4_000, context=512, batch=1)
     with pytest.raises(UserError, match="context"):
-        build_split(weights(), table, GEOMETRY, memory=4_000, context=0, batch=1)
+        build_split(FrontCache.of(weights()), table, GEOMETRY, memory=4_000, context=0, batch=1)
