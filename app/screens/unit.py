@@ -133,6 +133,7 @@ def _inputs(study: Study, view: views.UnitView) -> None:
     st.caption(found.words)
     if found.total:
         st.plotly_chart(charts.input_histogram(found, current_palette()), key="input_histogram", theme=None, config=_CONFIG, alt=found.words)  # fmt: skip
+        downloads("unit-inputs", lambda: pd.DataFrame(found.columns()), lambda: {"unit": view.key, **found.to_dict()}, "inputs")  # fmt: skip
 
 
 @st.cache_data(

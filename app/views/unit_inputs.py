@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,21 @@ class InputsView:
     median: float
     rare: float
     words: str
+
+    def columns(self) -> dict[str, list[float]]:
+        """The histogram as a table: from, to, inputs."""
+        return {
+            "from": self.edges[:-1].tolist(),
+            "to": self.edges[1:].tolist(),
+            "inputs": self.counts.tolist(),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            **self.columns(), "below": self.below, "above": self.above, "total": self.total, "median": self.median,
+            "rare": self.rare, "words": self.words,
+        }  # fmt: skip
 
 
 def build(arrays: Mapping[str, np.ndarray], unit: int) -> InputsView | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -188,6 +190,8 @@ def test_inputs_of_a_unit():
         assert told / 2 <= np.quantile(values, q) <= told  # upper edge of the bin it falls in
     assert f"{len(values):,} values" in view.words
     assert "are zero or below" in view.words
+    assert sum(view.columns()["inputs"]) == view.counts.sum()
+    assert json.loads(json.dumps(view.to_dict()))["total"] == view.total
     figure = unit_charts.input_histogram(view, LIGHT)
     assert sum(figure.data[0].y) == view.counts.sum()
     np.testing.assert_allclose(10 ** (figure.data[0].x - figure.data[0].width / 2), view.edges[:-1])
