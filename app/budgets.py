@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from bitatlas.analysis.schema import Budget, KvLayout, KvPair, ModelIndex, UserError, parse_pair
 from bitatlas.app.sizes import format_bytes, parse_bytes
 
@@ -31,6 +33,7 @@ def resolve_budget(
     reserve: str | int = "256MiB",
     bits_k: float = 16,
     bits_v: float = 16,
+    kv: Mapping[int, KvPair] | None = None,
 ) -> Budget:
     """The budget of exactly one of three questions.
 
@@ -39,7 +42,7 @@ def resolve_budget(
         bits: effective bits per weight over the units (scales and zeros counted, kept tensors aside).
         bytes_: all weights, units and kept tensors.
         fit: memory for weights + KV cache at ``context`` tokens and ``batch`` sequences + ``reserve``.
-        bits_k, bits_v: bits of one cached K and V element.
+        bits_k, bits_v: bits of one cached K and V element. kv: formats by layer, instead of these.
 
     Raises:
         UserError: none or several of the three, or nothing is left for the weights.
@@ -61,7 +64,7 @@ def resolve_budget(
         count = parse_bytes(bytes_)
         return Budget(count, label=f"{format_bytes(count)} of weights")
     total, spare = parse_bytes(fit or 0), parse_bytes(reserve)
-    kv = 0
+    cached = 0
     if context:
         if index.kv is None:
             raise UserError(
@@ -70,13 +73,14 @@ def resolve_budget(
                 fix="use --bytes",
             )
         # Codes, scales and the 16-bit window: what the cache really takes.
-        kv = index.kv.plan_bytes(uniform_kv(index, bits_k, bits_v), context, batch, KvLayout())
-    left = total - kv - spare
+        plan = uniform_kv(index, bits_k, bits_v) if kv is None else kv
+        cached = index.kv.plan_bytes(plan, context, batch, KvLayout())
+    left = total - cached - spare
     if left <= 0:
         raise UserError(
             "nothing is left for the weights",
-            found=f"{format_bytes(total)} less {format_bytes(kv)} of KV cache and {format_bytes(spare)} of reserve",
+            found=f"{format_bytes(total)} less {format_bytes(cached)} of KV cache and {format_bytes(spare)} of reserve",
             fix="a shorter --context, a smaller --batch, or more memory",
         )
     label = f"{format_bytes(total)}, context {context}, batch {batch}" if context else format_bytes(total)
-    return Budget(left, kv, spare, context, batch, label)
+    return Budget(left, cached, spare, context, batch, label)

@@ -115,6 +115,9 @@ def solve(
     kv_bits: Annotated[
         float, typer.Option(help="With --fit: K and V of every layer at 16, 8, 4 or 2 bits.")
     ] = 16,
+    kv_plan: Annotated[
+        str, typer.Option(help="With --fit: bits of K/V by layer: 8/4, or 0-5=8/8;6-29=8/4.")
+    ] = "",
     kv: Annotated[
         bool,
         typer.Option("--kv", help="With --fit: K and V of each layer share the budget with the weights."),
@@ -148,7 +151,7 @@ def solve(
 
     result = tasks.solve(
         model, metric=metric, solver=solver, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
-        kv_bits=kv_bits, kv=kv, kv_metric=kv_metric, reserve=reserve, formats=formats, pins=pin or [], target=target, seed=seed, output=output,
+        kv_bits=kv_bits, kv_plan=kv_plan, kv=kv, kv_metric=kv_metric, reserve=reserve, formats=formats, pins=pin or [], target=target, seed=seed, output=output,
         latency_ms=latency_ms, bops=bops, active_bytes=active_bytes,
         experts=ExpertRules(expert_groups, tuple(group_limit or ()), rare_floor, rare_below, expert_ties),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from bitatlas.app.widgets import fit_cache
 from bitatlas.app.widgets.boxes import empty_state, error_box
 from bitatlas.app.widgets.data import get_trust, the_study
 from bitatlas.app.widgets.frame import show_budget, title
+from bitatlas.app.widgets.kv_controls import kv_controls
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.twin import cli_twin, downloads
 
@@ -66,20 +67,20 @@ def _controls(study: Study) -> controls.Asked:
         context = st.number_input("Context (tokens)", 0, 1 << 20, 0 if study.index.kv is None else bounds.context, step=512, key="context",
                                   bind="query-params", disabled=study.index.kv is None)  # fmt: skip
         batch = st.number_input("Batch", 1, 1024, 1, key="batch", bind="query-params")
-    with st.container(horizontal=True):
-        kv_bits = st.selectbox("KV cache bits", [16, 8, 4], key="kv_bits", bind="query-params")
-        reserve = st.number_input(f"Reserve ({bounds.word})", 0.0, bounds.high, bounds.reserve, step=bounds.step, key="reserve", bind="query-params",
-                                  help="Activations, workspace, the runtime itself.")  # fmt: skip
-    _pins(study)
-    return controls.Asked(
+    reserve = st.number_input(f"Reserve ({bounds.word})", 0.0, bounds.high, bounds.reserve, step=bounds.step, key="reserve", bind="query-params",
+                              help="Activations, workspace, the runtime itself.")  # fmt: skip
+    asked = controls.Asked(
         metric,
         tuple(formats),
         int(memory * bounds.scale),
         int(context),
         int(batch),
-        int(kv_bits),
+        "16/16",
         int(reserve * bounds.scale),
     )
+    asked = kv_controls(study, asked)
+    _pins(study)
+    return asked
 
 
 def _pins(study: Study) -> None:

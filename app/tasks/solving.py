@@ -26,6 +26,7 @@ from bitatlas.analysis.schema import (
 from bitatlas.app.budgets import resolve_budget, uniform_kv
 from bitatlas.app.expert_groups import EVIDENCE
 from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
+from bitatlas.app.kv_plan import kv_pairs
 from bitatlas.app.side_budgets import SideLimits
 from bitatlas.app.side_budgets import active_bytes as bytes_read
 from bitatlas.app.sizes import parse_bytes
@@ -147,6 +148,7 @@ def solve(
     context: int = 0,
     batch: int = 1,
     kv_bits: float = 16,
+    kv_plan: str = "",
     kv: bool = False,
     kv_metric: str = "kv_fisher",
     reserve: str | int = "256MiB",
@@ -162,7 +164,8 @@ def solve(
 ) -> Allocation:
     """The best allocation that a solver finds within a budget; stored, and written to ``output`` when named.
 
-    ``kv``: K and V of every layer get formats too, under the same ``fit`` budget; ``kv_bits`` gives all layers the same.
+    ``kv``: K and V of every layer get formats too, under the same ``fit`` budget; ``kv_bits`` gives all layers the same,
+    ``kv_plan`` each its own (`app.kv_plan`).
     Further limits hold beside the bytes (`app.side_budgets`): ``latency_ms`` of one decoding step of ``batch`` sequences by the
     kernel table of this machine, ``bops`` per token (in 10^9), ``active_bytes`` read per step. The default solver then is `ilp`.
     ``experts``: limits on groups of experts (default solver `hull`), floors for rare ones, ties among them (`app.expert_rules`).
@@ -170,9 +173,11 @@ def solve(
     Raises:
         UserError: not measured, impossible budget (names the smallest possible one), a pin that matches nothing.
     """
-    if kv and (fit is None or kv_bits != 16):
-        raise UserError("weights and KV cache share a budget of memory", found="--kv-bits as well" if fit else "no --fit",
-                        fix="--fit 8GiB --context 8192 --kv, without --kv-bits")  # fmt: skip
+    if kv_plan and kv_bits != 16:
+        raise UserError("K and V have bits twice", found=f"--kv-bits {kv_bits:g} and --kv-plan {kv_plan}", fix="leave one of them out")  # fmt: skip
+    if kv and (fit is None or kv_bits != 16 or kv_plan):
+        raise UserError("weights and KV cache share a budget of memory", found="--kv-bits or --kv-plan as well" if fit else "no --fit",
+                        fix="--fit 8GiB --context 8192 --kv, without these")  # fmt: skip
     asked = (latency_ms, bops, active_bytes) != (None, None, None)
     if asked and kv:
         raise UserError(
@@ -197,12 +202,12 @@ def solve(
             provenance=_provenance(index, table, names, solver, limits, seed, kv_run=cache.run, **(rules.settings() if rules else {})),
         )  # fmt: skip
     else:
+        same = kv_pairs(index, kv_plan) if kv_plan else uniform_kv(index, kv_bits, kv_bits)
         budget = resolve_budget(index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
-                                reserve=reserve, bits_k=kv_bits, bits_v=kv_bits)  # fmt: skip
+                                reserve=reserve, kv=same)  # fmt: skip
         side = SideLimits(latency_ms, bops, active_bytes, batch) if asked else None
         posed = problem.with_limit(problem.limit_bytes + budget.weights_bytes - index.kept_bytes)
         allocation = _solved(posed, index, table, names, budget, solver, limits, seed, side, rules)
-        same = uniform_kv(index, kv_bits, kv_bits)
         allocation = replace(allocation, kv={i: (p.k.name, p.v.name) for i, p in same.items()})
     store.put_allocation(allocation)
     if output is not None:

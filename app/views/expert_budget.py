@@ -68,10 +68,17 @@ class ExpertBudgetView:
 
 
 def fronts(index: ModelIndex, problem: Problem, cache: FrontCache) -> BudgetFronts:
-    """Both fronts of a problem; the second spends what a token reads and ignores limits on bytes."""
+    """Both fronts of a problem. Experts of one model are all read equally often, so limits on their bytes hold for what is read too."""
     reads = active_bytes(index, problem.formats)
-    whole = np.rint(np.where(problem.allowed, reads, 0)).astype(np.int64)
-    fast = FrontCache.of(replace(problem, bytes=whole, side=()))
+    whole = np.rint(reads).astype(np.int64)
+    side = []
+    for limit in problem.side:
+        members = (limit.cost != 0).any(axis=1)
+        share = reads[members].sum() / max(float(problem.bytes[members].sum()), 1.0)
+        least = np.where(problem.allowed, whole, np.iinfo(np.int64).max)[members].min(axis=1).sum()
+        # Rounded to whole bytes a limit at its very least would be missed by a few.
+        side.append(replace(limit, cost=np.where(members[:, None], whole, 0).astype(float), limit=max(limit.limit * share, float(least))))  # fmt: skip
+    fast = FrontCache.of(replace(problem, bytes=whole, side=tuple(side)))
     return BudgetFronts(_walk(index, problem, cache, reads, 0), _walk(index, problem, fast, reads, 1))
 
 

@@ -6,10 +6,11 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 
 from bitatlas.analysis.schema import FORMATS, Budget, ModelIndex, UserError, parse_format
 from bitatlas.app.budgets import resolve_budget
+from bitatlas.app.kv_plan import decode_kv, kv_pairs
 
 __all__ = [
     "PIN_FORMATS", "Asked", "Bounds", "bounds", "decode_question", "encode_question", "preferred", "twin", "usual",
@@ -36,14 +37,14 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the controls say. Bytes throughout."""
+    """What the controls say. Bytes throughout; ``kv``: bits of K and V by layer (`app.kv_plan`)."""
 
     metric: str
     formats: tuple[str, ...]
     total_bytes: int
     context: int
     batch: int
-    kv_bits: int
+    kv: str
     reserve_bytes: int
 
     def budget(self, index: ModelIndex) -> Budget:
@@ -54,7 +55,7 @@ class Asked:
         """
         return resolve_budget(
             index, fit=self.total_bytes, context=self.context, batch=self.batch,
-            reserve=max(1, self.reserve_bytes), bits_k=self.kv_bits, bits_v=self.kv_bits,
+            reserve=max(1, self.reserve_bytes), kv=kv_pairs(index, self.kv),
         )  # fmt: skip
 
 
@@ -70,15 +71,12 @@ def decode_question(text: str) -> Asked:
         UserError: not what `encode_question` writes.
     """
     try:
-        metric, formats, *numbers = json.loads(text)
-        ok = (
-            isinstance(metric, str)
-            and all(parse_format(f) for f in formats)
-            and len(numbers) == len(fields(Asked)) - 2
-        )
-        if ok and all(type(n) is int and 0 <= n < 1 << 50 for n in numbers):
-            return Asked(metric, tuple(formats), *numbers)
-    except (ValueError, TypeError, UserError):
+        metric, formats, total, context, batch, kv, reserve = json.loads(text)
+        ok = isinstance(metric, str) and isinstance(kv, str) and all(parse_format(f) for f in formats)
+        decode_kv(kv.rpartition("=")[2], ())  # the layers are the model's business
+        if ok and all(type(n) is int and 0 <= n < 1 << 50 for n in (total, context, batch, reserve)):
+            return Asked(metric, tuple(formats), total, context, batch, kv, reserve)
+    except (ValueError, TypeError, AttributeError, UserError):
         pass
     raise UserError(
         "the question in this link cannot be read", found=text[:80], fix="ask again on the Fit page"
@@ -133,7 +131,7 @@ def usual(measured: Sequence[str]) -> list[str]:
 
 
 def twin(path: str, asked: Asked, pins: Mapping[str, str]) -> str:
-    """The same question for the shell. K/V bits below 16 have no flag there: the budget is then given in bytes."""
+    """The same question for the shell."""
     parts = ["bitatlas", "solve", path, "--metric", asked.metric, "--fit", str(asked.total_bytes)]
     if asked.context:
         parts += [
@@ -141,8 +139,8 @@ def twin(path: str, asked: Asked, pins: Mapping[str, str]) -> str:
             str(asked.context),
             "--batch",
             str(asked.batch),
-            "--kv-bits",
-            str(asked.kv_bits),
+            "--kv-plan",
+            asked.kv,
         ]
     parts += [
         "--reserve",

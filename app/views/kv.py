@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from bitatlas.analysis.schema import KvGeometry, KvTable, UserError, parse_kv_format
+from bitatlas.app.kv_plan import encode_kv, pair_bits
 from bitatlas.app.sizes import format_bytes
 from bitatlas.solvers import FrontCache
 from bitatlas.solvers.joint import kv_problem
 
-__all__ = ["KvMap", "Panel", "Split", "build_map", "build_split"]
+__all__ = ["KvMap", "Panel", "Split", "best_bits", "build_map", "build_split"]
 
 _POINTS = 96
 
@@ -173,3 +174,22 @@ def build_split(
         plan=plan,
         whole_kv_bytes=whole,
     )
+
+
+def best_bits(
+    front: FrontCache, table: KvTable, geometry: KvGeometry, *, memory: int, context: int, batch: int
+) -> str:
+    """Bits of K and V by layer (`app.kv_plan`) where one memory for weights and cache is split best.
+
+    Keys by channel and values by token only: what the plan's text stands for.
+
+    Raises:
+        UserError: see `build_split`; or the metric was not measured for such pairs.
+    """
+    usual = []
+    for pair in table.formats():
+        k, v = pair.k.name, pair.v.name
+        if (k.endswith("-channel") or k == "kv16") and (v.endswith("-token") or v == "kv16"):
+            usual.append(pair.name)
+    split = build_split(front, table.select(usual), geometry, memory=memory, context=context, batch=batch)
+    return encode_kv({layer: pair_bits(name) for layer, name in split.plan.items()})

@@ -27,7 +27,9 @@ _GROUPS = (_NONE, "layer", "frequency", "damage", "cluster", "selection")
 
 def expert_budget(study: Study, metric: str) -> None:
     """Draw it; ``metric`` is the damage that is minimised."""
-    st.markdown("#### A budget for the experts")
+    if not st.toggle("A budget for the experts", key="expert_budget", bind="query-params",
+                     help="Groups with limits of their own, floors for rare experts, what a token reads."):  # fmt: skip
+        return
     formats = tuple(fit_controls.usual(study.tables[metric].formats))
     rules, bits = _controls(study, formats)
     pins = {study.keys[i]: f for i, f in state.pins().items()}

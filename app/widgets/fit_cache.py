@@ -10,8 +10,8 @@ import streamlit as st
 
 from bitatlas.analysis.schema import Allocation, Provenance, parse_format
 from bitatlas.app import studies
-from bitatlas.app.budgets import uniform_kv
 from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
+from bitatlas.app.kv_plan import kv_pairs
 from bitatlas.app.studies import Study
 from bitatlas.app.views.fit_controls import Asked
 from bitatlas.app.widgets.data import forget
@@ -34,7 +34,13 @@ def front(
     """
     runs = tuple(t.run for t in study.tables.values())
     return _front(
-        study.index.digest, runs, metric, formats, tuple(sorted(pins.items())), astuple(rules or ExpertRules()), study
+        study.index.digest,
+        runs,
+        metric,
+        formats,
+        tuple(sorted(pins.items())),
+        astuple(rules or ExpertRules()),
+        study,
     )
 
 
@@ -83,7 +89,7 @@ def answer(study: Study, asked: Asked, pins: Mapping[str, str]) -> Allocation:
     solution = get_solver("hull").solve(posed)
     provenance = Provenance(model_digest=study.index.digest, model_name=study.index.name,
                             settings={"run": study.tables[asked.metric].run, "formats": list(asked.formats), "solver": "hull"})  # fmt: skip
-    kv = uniform_kv(study.index, asked.kv_bits, asked.kv_bits) if asked.context else {}
+    kv = kv_pairs(study.index, asked.kv) if asked.context else {}
     plan = {layer: (pair.k.name, pair.v.name) for layer, pair in kv.items()}
     return to_allocation(posed, solution, study.index, budget=budget, provenance=provenance, kv=plan)
 

@@ -192,3 +192,20 @@ def test_long_selections_are_kept_on_the_shelf(home):
     assert shelf.put(text) == word
     assert len(list((home.root / "views").iterdir())) == 1
     assert state.KEYS[0] == "sel"
+
+
+def test_k_and_v_by_layer_move_the_memory_bar(filled):
+    def cache_bytes(**query: str) -> str:
+        at = open_page("fit", study=filled[0], context="256", **query)
+        assert not at.exception
+        return next(c.value for c in at.caption if "of cache" in c.value)
+
+    assert "K 16, V 16 bits" in cache_bytes()
+    assert "K 8, V 4 bits" in cache_bytes(kv_preset="K 8 / V 4")
+    words = cache_bytes(kv_preset="layer by layer", kv_plan="0-2=8/8;3=4/2")
+    assert "9.8 bits on average" in words  # (3 x 16 + 6 + 2 x 32) / 12
+    at = open_page("fit", study=filled[0], context="256", kv_preset="layer by layer", kv_plan="0-2=8/8;3=4/2")
+    assert any("--kv-plan '0-2=8/8;3=4/2'" in c.value for c in at.code)
+    assert "0-2=8/8;3=4/2" in at.query_params["ask"]
+    wrong = open_page("fit", study=filled[0], context="256", kv_preset="layer by layer", kv_plan="9=8/8")
+    assert any("cannot be read" in e.value for e in wrong.error)

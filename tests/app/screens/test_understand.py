@@ -94,6 +94,7 @@ def test_a_budget_for_groups_of_experts(filled):
     page = open_page(
         "experts",
         study=filled[1],
+        expert_budget="true",
         expert_group="damage",
         expert_parts="3",
         expert_limits="q3=3",
@@ -106,6 +107,8 @@ def test_a_budget_for_groups_of_experts(filled):
     line = next(c.value for c in page.code if "--expert-groups" in c.value)
     assert "--group-limit q3=3" in line
     assert "--rare-floor int4-g64" in line
-    wrong = open_page("experts", study=filled[1], expert_group="damage", expert_limits="q9=3")
+    wrong = open_page(
+        "experts", study=filled[1], expert_budget="true", expert_group="damage", expert_limits="q9=3"
+    )
     assert not wrong.exception
     assert any("no group of experts" in e.value for e in wrong.error)

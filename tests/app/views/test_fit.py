@@ -105,14 +105,14 @@ def test_bounds_suit_the_model(index: ModelIndex):
 
 
 def test_the_budget_takes_the_cache_and_the_reserve_off(index: ModelIndex):
-    asked = Asked("fisher", FORMATS, 1 << 20, 128, 2, 8, 1000)
+    asked = Asked("fisher", FORMATS, 1 << 20, 128, 2, "8/8", 1000)
     # Of 128 tokens 96 are packed, with 4 bytes a channel and block (K) or a token (V); 32 stay at 16 bits. Two heads of 32.
     kv = 6 * 2 * 2 * (2 * 96 * 32 + 3 * 32 * 4 + 96 * 4 + 2 * 32 * 32 * 2)
     assert asked.budget(index).weights_bytes == (1 << 20) - kv - 1000
 
 
 def test_the_twin_is_a_command_that_means_the_same(index: ModelIndex):
-    asked = Asked("fisher", FORMATS, 1 << 20, 128, 1, 16, 1000)
+    asked = Asked("fisher", FORMATS, 1 << 20, 128, 1, "16/16", 1000)
     line = twin("/a model", asked, {"layers.1.down": "int8-g64", "layers.2.down": "int8-g64"})
     assert "'/a model'" in line
     assert line.count("--pin") == 1
