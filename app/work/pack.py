@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitatlas.analysis.measure import WHOLE
+from bitatlas.analysis.memory import give_back, keep_pages
 from bitatlas.analysis.schema import Allocation, ModelIndex, QuantUnit
 from bitatlas.kernels.errors import UserError
 
@@ -141,6 +142,8 @@ class Packer:
             return {"note": f"{len(self._folding.scales)} scales"}
         number = int(key.removeprefix("shard-")) - 1
         if number in self.writer.pending():
+            if not self._with_inputs:
+                keep_pages()
             quantizer, losses = self._unit_quantizer(number), dict[str, float]()
             from bitatlas.kernels.packed.shards import DTYPES
 
@@ -188,7 +191,6 @@ class Packer:
     @cached_property
     def _loaded(self) -> Any:
         from bitatlas.analysis.loaded import LoadedModel
-        from bitatlas.analysis.memory import give_back
 
         give_back()  # what the tokenizer took
         loaded = LoadedModel.open(self.index)

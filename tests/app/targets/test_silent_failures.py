@@ -1,7 +1,7 @@
 """Mixes that engines get wrong: the engine's own rule, imitated on what we write, beside what `check` says of it.
 
 vLLM does not install here; the rules are those read in its source: a fused layer has one scheme, that of its first shard,
-and the scheme of a MoE layer is that of expert 0.
+the scheme of a MoE layer is that of expert 0, and a word of an expert holds 32 // bits whole codes.
 """
 
 from __future__ import annotations
@@ -113,6 +113,28 @@ def test_widths_without_a_kernel(bits: int, make_index, allocate) -> None:
     verdict = VLLM.check(allocate(dense, name), dense)
     assert verdict.status == SERVABLE
     assert any("Humming" in n for n in verdict.notes) == (bits not in (4, 8))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_experts_of_other_widths_would_be_decoded_wrong(
+    bits: int, tiny_checkpoint, allocate, tmp_path: Path
+) -> None:
+    name = f"int{bits}-g32-sym"
+    index, plan, tensors = written(
+        tiny_checkpoint, allocate, tmp_path, "qwen3_moe", lambda u: name if u.expert >= 0 else "bf16"
+    )
+    unit = next(u for u in index.units if u.expert == 1 and u.role == "up")
+    packed, each = tensors[f"{unit.key}.weight_packed"].long() & 0xFFFFFFFF, 32 // bits
+    assert (
+        packed.shape[1] == unit.cols // each
+    )  # the shape that is expected, so that nothing stops the loader
+    theirs = (packed[..., None] >> (bits * torch.arange(each))) & ((1 << bits) - 1)
+    theirs = theirs.flatten(1)[:, : unit.cols]
+    ours = unpack_codes(tensors[f"{unit.key}.weight_packed"], bits, unit.cols)[:, : theirs.shape[1]]
+    right = theirs.shape[1] == unit.cols and torch.equal(theirs, ours.long())
+    assert (VLLM.check(plan, index).status == SERVABLE) == right
+    if not right:
+        assert (theirs != ours).float().mean() > 0.5
 
 
 def test_all_engines_are_asked_at_once(
