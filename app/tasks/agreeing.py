@@ -13,7 +13,14 @@ import numpy as np
 
 from bitatlas.analysis.fisher.matrix import ProbeMatrix, load_probes
 from bitatlas.analysis.gram import LogitGramMatrix, load_gram
-from bitatlas.analysis.schema import NO_FORMAT, ModelIndex, SensitivityTable, UserError, parse_format
+from bitatlas.analysis.schema import (
+    NO_FORMAT,
+    ModelIndex,
+    SensitivityTable,
+    UserError,
+    is_kv_metric,
+    parse_format,
+)
 from bitatlas.analysis.trust import (
     AllocationTruths,
     Trust,
@@ -80,6 +87,8 @@ def trust_rows(store: Store, index: ModelIndex, home: Home, *, costs: bool = Fal
     wholes, whole_run = _wholes(store, index, runs)
     by_metric: dict[str, list[RunInfo]] = {}
     for e in store.metrics_of(index.digest):  # newest first
+        if is_kv_metric(e.metric):
+            continue  # no flip of a weight and no allocation of weights can judge it
         by_metric.setdefault(e.metric, []).append(runs[e.run])
     flip_runs = by_metric.get(_FLIPS, [])
     source = _source(whole_run) if whole_run else _source(flip_runs[0]) if flip_runs else ""

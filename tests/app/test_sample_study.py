@@ -36,6 +36,7 @@ def test_first_start_has_something_for_every_page(study, home):
     assert rows["fisher"].badge == "trusted"
     assert np.isfinite(rows["fisher"].band_least)
     assert not rows["kl_flip"].same_text
+    assert not [name for name in rows if name.startswith("kv_")]
 
 
 def test_an_older_sample_study_gets_what_the_new_one_has_more(study):
