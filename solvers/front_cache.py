@@ -110,7 +110,15 @@ class FrontCache:
         fine = np.concatenate([[c.objective(first)], -saved[sort]]).cumsum(dtype=np.longdouble)
         cum_damage = fine.astype(np.float64)
         return cls(
-            c, hull, owner[sort], slopes[sort], cum_bytes, cum_damage, after[sort].astype(np.uint8), groups, caps
+            c,
+            hull,
+            owner[sort],
+            slopes[sort],
+            cum_bytes,
+            cum_damage,
+            after[sort].astype(np.uint8),
+            groups,
+            caps,
         )
 
     def steps_within(self, limit_bytes: int) -> int:
