@@ -139,7 +139,7 @@ def _facts(run: RunInfo, name: str, index: ModelIndex, costs: bool) -> _Facts:
     per_format = bool(run.formats)
     if recorded:
         forwards = float(recorded["forward_tokens"] + 2 * recorded["backward_tokens"])
-        unit = recorded["unit"] if unit == name and name == run.metric else unit
+        unit = recorded["unit"] if name == run.metric else unit
         return _Facts(unit, recorded["additive"] and per_format, forwards)
     if not costs:
         return _Facts(unit, per_format, float("nan"))

@@ -4,30 +4,53 @@ from __future__ import annotations
 
 __all__ = ["count", "duration", "metric_unit", "params", "short_bytes"]
 
-_NATS = ("fisher_projection", "fisher_trace", "fisher", "kl_flip", "logit_gram", "hawq_trace")
+_NATS = (
+    "fisher_projection", "fisher_trace", "fisher", "kl_flip", "logit_gram", "fisher_diag", "kfac", "ekfac", "delta_ce", "ce_first_order",
+    "ce_gauss_newton", "hawq_trace", "mixllm_salience", "taylor", "taylor_output", "prune", "kv_fisher", "kv_flip",
+)  # fmt: skip
+_OUTPUT = "squared activation per token"
 _UNITS = dict.fromkeys(_NATS, "nats/token") | {
+    "hessian_trace": "trace of the Hessian",
+    "hawq_eigenvalue": "nats/token, at most",
+    "hessian_eigenvalue": "eigenvalue of the Hessian",
     "weight_error": "squared weight",
     "weight_error_rel": "relative squared error",
-    "activation_error": "squared activation per token",
+    "activation_error": _OUTPUT,
     "activation_error_rel": "relative squared error",
-    "hessian_trace": "trace of the Hessian",
+    "gptq_error": _OUTPUT,
+    "awq_stats": _OUTPUT,
+    "activation_magnitude": "activation x squared weight",
+    "massive_activations": "activations",
+    "slim_salience": "nats over output features",
+    "lrp": "logit",
     "alphaq": "squared weight",
     "alpha_hill": "power-law exponent",
     "alpha_hill_plain": "power-law exponent",
     "alphaq_alpha": "power-law exponent",
     "spectral_alpha": "power-law exponent",
+    "quantmoe_outlier": "ratio",
+    "lim": "cosine",
+    "block_influence": "cosine distance",
+    "cka": "similarity",
+    "cca": "similarity",
+    "zd": "share",
     "routing_count": "tokens",
     "routing_frequency": "share of tokens",
     "routing_weight": "routing weight",
+    "coactivation": "share",
+    "expert_error": _OUTPUT,
+    "camera_energy": _OUTPUT,
+    "kv_error": "relative",
+    "topk_flip": "share of decisions",
 }
 
 
 def metric_unit(name: str) -> str:
-    """The unit of a metric's values; its name where the unit is not known here.
+    """The unit of a metric's values; ``score`` for further values of a metric that have none of their own here.
 
     The metrics' own table would say it too, but loads torch, and a page must open without.
     """
-    return _UNITS.get(name, name)
+    return _UNITS.get(name, "score")
 
 
 def count(n: int, noun: str, plural: str = "s") -> str:

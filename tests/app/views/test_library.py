@@ -8,7 +8,7 @@ from bitatlas.analysis.schema import UserError, expand_formats, parse_format
 from bitatlas.app.studies import MetricInfo, StudyInfo
 from bitatlas.app.views import inside, library
 from bitatlas.app.views.run import RunRequest, cost_table, estimate_view
-from bitatlas.app.views.words import count, duration, params, short_bytes
+from bitatlas.app.views.words import count, duration, metric_unit, params, short_bytes
 
 
 def _info(name, *metrics):
@@ -78,3 +78,12 @@ def test_words():
         "1,024 units",
         "2 matches",
     ]
+
+
+def test_units_are_those_of_the_metrics():
+    from bitatlas.analysis.metrics import METRICS  # loads torch, which the views must not
+
+    for metric in METRICS.values():
+        values = {name: metric_unit(name) for name in metric.EMITS}
+        assert values.get(metric.NAME, metric.UNIT) in (metric.UNIT, "power-law exponent")
+        assert not set(values) & set(values.values())
