@@ -30,13 +30,14 @@ class QuantMoeOutlier(UnitMetric):
 
     def look(self, ctx: MeasureContext, unit: QuantUnit) -> StepResult:
         """Reads the unit once."""
-        sums, tops, rows = [], [], 0
+        total, top, rows = torch.zeros(1, dtype=torch.float64), torch.zeros(1), 0
         for block in ctx.blocks(unit):  # (n, cols)
             magnitude = block.abs()
-            sums.append(magnitude.sum(0))
-            tops.append(magnitude.amax(0))
+            # Running values, no list: small tensors kept from every block would lie between the large ones, and what
+            # those leave could not be used again (2.5 GB for an embedding of 150 000 tokens).
+            total, top = total + magnitude.sum(0), torch.maximum(top, magnitude.amax(0))
             rows += len(block)
-        mean, top = torch.stack(sums).sum(0) / rows, torch.stack(tops).amax(0)  # (cols,)
+        mean = total / rows  # (cols,)
         known = mean > 0
         score = float((top[known] / mean[known]).max()) if bool(known.any()) else float("nan")
         return StepResult([DamageRow(self.NAME, unit.key, NO_FORMAT, score, count=unit.params)])
