@@ -108,6 +108,8 @@ def test_a_click_selects_one_cell_and_shift_adds_one(browser):
     b.page.mouse.click(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.4)
     b.page.wait_for_selector(".st-key-clear_selection")
     assert "1 unit" in b.page.locator(".st-key-frame").inner_text()
+    b.settle()  # the selection draws the chart anew, and a click on the old one would be lost
+    box = b.chart()
     b.page.keyboard.down("Shift")
     b.page.mouse.click(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.6)
     b.page.keyboard.up("Shift")

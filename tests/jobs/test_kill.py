@@ -32,6 +32,9 @@ def kill_at_random(bench, kills: int, steps: int, seed: int) -> None:
             # A fast machine ends its jobs before the last kill: it is given more, so that the count never hangs on speed.
             submit_two()
         bench.until(working, 30, "a worker")
+        if not killed:
+            # On a slow machine the first seconds pass before there is anything to lose.
+            bench.until(lambda: any(bench.jobs.job(job).done for job in jobs.values()), 60, "a first step")
         end = time.monotonic() + rng.uniform(0.0, 4.0)
         while time.monotonic() < end:
             for run, job in jobs.items():
