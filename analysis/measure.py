@@ -42,7 +42,6 @@ __all__ = [
     "StepDone",
     "finish_metric",
     "kept_arrays",
-    "kept_arrays",
     "part_path",
     "run_metric",
     "run_step",

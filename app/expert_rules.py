@@ -59,7 +59,7 @@ def under_rules(
     """
     if rules.floor:
         rare = rare_units(index, tables, problem, rules.below)
-        allowed = floor_mask(problem, rare, rules.floor)
+        allowed = floor_mask(problem, index, rare, rules.floor)
         problem = replace(problem, allowed=allowed)
         stuck = np.flatnonzero(~problem.classes.allowed.any(axis=1))
         if stuck.size:
@@ -91,17 +91,11 @@ def rare_units(
     return np.asarray(inside & ((reached < below) | unknown))
 
 
-def floor_mask(problem: Problem, rare: np.ndarray, floor: str) -> np.ndarray:
+def floor_mask(problem: Problem, index: ModelIndex, rare: np.ndarray, floor: str) -> np.ndarray:
     """(U, F) bool: ``problem.allowed`` with rare units kept to formats of no fewer bytes than ``floor``; pins by hand stay."""
-    least = parse_format(floor)
-    shapes = problem.shapes if problem.shapes is not None else np.zeros((len(problem.units), 2), np.int64)
-    sizes = {shape: least.payload_bytes(*shape) for shape in {(int(r), int(c)) for r, c in shapes[rare]}}
-    own = np.array([sizes.get((int(r), int(c)), 0) for r, c in shapes])
-    formats = [parse_format(f) for f in problem.formats]
-    table = {shape: np.array([f.payload_bytes(*shape) for f in formats]) for shape in sizes}
-    taken = np.array([table.get((int(r), int(c)), np.zeros(len(formats))) for r, c in shapes])
+    sizes = index.bytes_table([parse_format(f) for f in (*problem.formats, floor)])
     free = ~rare | np.isin(np.array(problem.units, object), list(problem.pins))
-    return np.asarray(problem.allowed & (free[:, None] | (taken >= own[:, None])))
+    return np.asarray(problem.allowed & (free[:, None] | (sizes[:, :-1] >= sizes[:, -1:])))
 
 
 def group_budgets(problem: Problem, groups: ExpertGroups, limits: tuple[str, ...]) -> tuple[SideBudget, ...]:

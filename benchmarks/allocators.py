@@ -17,7 +17,6 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +30,10 @@ from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.measure import MeasureContext, run_metric
 from bitatlas.analysis.metrics import get_metric
 from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.schema import ModelIndex, SensitivityTable, TieGroup, UserError, expand_formats
+from bitatlas.analysis.schema import ModelIndex, SensitivityTable, UserError, expand_formats
 from bitatlas.analysis.verify import Verifier
+from bitatlas.app.expert_rules import expert_ties
+from bitatlas.app.tasks.interaction import with_interaction
 from bitatlas.solvers import Problem, get_searcher, get_solver
 
 
@@ -158,7 +159,7 @@ def allocations(
         table = tables.table(e.metric, e.value) if e.metric else None
         paid = tables.tokens(e.metric) if e.metric else 0
         problem = Problem.build(
-            index, table, tables.formats, limit, ties=experts_alike(index) if e.tied else ()
+            index, table, tables.formats, limit, ties=expert_ties(index, "layer" if e.tied else "free")
         )
         start = time.process_time()
         facts: dict[str, Any] = {}
@@ -190,29 +191,7 @@ def searched(problem: Problem, engine: Evaluator, seed: int, walk: bool) -> np.n
     settings = {"steps": kind.SETTINGS["stages"]} if walk else {}
     start = get_solver("mckp").solve(problem).choice[None]
     search = kind(problem, engine, seed=seed, settings=settings, start=start)
-    state, number = search.begin(), 0
-    while number < search.steps and not bool(state["done"]):
-        number += 1
-        state = search.step(state, number)
-    return np.asarray(state["choice"])
-
-
-def with_interaction(problem: Problem, probes: ProbeMatrix) -> Problem:
-    """The cross-layer terms of the probes; their units and formats are the problem's."""
-    a, scale = probes.interaction_factor()
-    rows = [probes.units.index(u) for u in problem.units]
-    columns = [probes.formats.index(f) for f in problem.formats]
-    factor = np.ascontiguousarray(a[:, rows][:, :, columns], np.float32)
-    return replace(problem, interaction=factor, interaction_scale=scale, shrinkage=probes.shrinkage)
-
-
-def experts_alike(index: ModelIndex) -> list[TieGroup]:
-    """One format for all experts of a layer."""
-    layers = sorted({u.layer for u in index.units if u.expert >= 0})
-    return [
-        TieGroup(f"experts of layer {n}", tuple(u.key for u in index.units if u.expert >= 0 and u.layer == n))
-        for n in layers
-    ]
+    return np.asarray(search.run()["choice"])
 
 
 def verified(

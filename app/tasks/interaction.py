@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from bitatlas.analysis.fisher.matrix import load_probes
+from bitatlas.analysis.fisher.matrix import ProbeMatrix, load_probes
 from bitatlas.analysis.schema import SensitivityTable, UserError, parse_format
 from bitatlas.cache.paths import Home
 from bitatlas.solvers import Problem, Solver
 
-__all__ = ["with_probes"]
+__all__ = ["with_interaction", "with_probes"]
 
 
 def with_probes(
@@ -34,6 +34,15 @@ def with_probes(
             found=f"{table.metric} has none, or its part files were deleted",
             fix="bitatlas measure MODEL --metric fisher_projection, then solve with --metric fisher",
         ) from None
+    return with_interaction(problem, probes)
+
+
+def with_interaction(problem: Problem, probes: ProbeMatrix) -> Problem:
+    """The problem with the interaction factor of ``probes``.
+
+    Raises:
+        UserError: no probes for these units and formats.
+    """
     row = {key: i for i, key in enumerate(probes.units)}
     column = {name: j for j, name in enumerate(probes.formats)}
     missing = [f for f in problem.formats if f not in column and parse_format(f).kind != "float"]

@@ -49,18 +49,22 @@ def random_allocations(index: ModelIndex, formats: list[str], n: int, low: float
                         fix="name other formats or another range")  # fmt: skip
     rng = np.random.default_rng(seed)
     out = np.empty((n, len(index.units)), np.intp)
+    problems: dict[bytes, Problem] = {}  # one for each window
     for i, share in enumerate((np.arange(n) + rng.random(n)) / n):
         limit = int(np.ceil((first + share * (last - first)) * index.params / 8))
         some = _window(sizes, limit, rng) if i % 2 else np.arange(len(wanted))
-        problem = Problem.build(index, None, [wanted[f] for f in some], limit)
-        out[i] = some[problem.classes.expand(random_choice(problem, rng))]
+        if some.tobytes() not in problems:
+            problems[some.tobytes()] = Problem.build(index, None, [wanted[f] for f in some], 0)
+        problem = problems[some.tobytes()]
+        out[i] = some[problem.classes.expand(random_choice(problem.with_limit(limit), rng))]
     return out
 
 
 def _window(sizes: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
     """Columns of ``sizes`` (U, F) that are neighbours in size and enclose ``limit`` bytes; all when none do."""
-    order = np.argsort(sizes.sum(0), kind="stable")
-    total = sizes.sum(0)[order]
+    total = sizes.sum(0)
+    order = np.argsort(total, kind="stable")
+    total = total[order]
     count = len(total)
     found = [
         (a, b)
