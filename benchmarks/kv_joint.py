@@ -77,7 +77,10 @@ def main() -> None:
     parser.add_argument("evaluation")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--verify-tokens", type=int, default=16384)
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--seq-len", type=int, default=512, help="of the calibration sequences")
+    parser.add_argument(
+        "--verify-seq-len", type=int, default=2048, help="of the measured sequences (at most the context)"
+    )
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument(
         "--sizes", type=float, nargs="+", default=[0.25, 0.45], help="of weights and cache at 16 bits"
@@ -100,7 +103,12 @@ def main() -> None:
     print(f"measured in {measured:.0f} s of CPU", flush=True)
     loaded = ctx.loaded
     text = make_calibration(
-        loaded.tokenizer, args.evaluation, args.verify_tokens, args.seq_len, 0, vocab_size=index.vocab_size
+        loaded.tokenizer,
+        args.evaluation,
+        args.verify_tokens,
+        min(args.verify_seq_len, *args.contexts, longest),
+        0,
+        vocab_size=index.vocab_size,
     )
     for context in args.contexts:
         batch, tokens = -(-context // longest), min(context, longest)
@@ -113,7 +121,7 @@ def main() -> None:
                 row = {
                     "model": index.name, "context": context, "sequences": batch, "tokens_each": tokens, "memory": int(size * whole),
                     "share_of_16_bits": size, "contender": name, "fits": name in plans, "calibration_tokens": args.tokens,
-                    "verify_tokens": int(text.tokens.size), "seq_len": args.seq_len, "measure_cpu_s": round(measured, 1),
+                    "verify_tokens": int(text.tokens.size), "verify_seq_len": int(text.tokens.shape[1]), "seq_len": args.seq_len, "measure_cpu_s": round(measured, 1),
                 }  # fmt: skip
                 if name in plans:
                     plan, result = plans[name], found[name]
