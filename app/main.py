@@ -13,6 +13,7 @@ from bitatlas.app.theme import favicon, logo
 from bitatlas.app.widgets.boxes import error_box
 from bitatlas.app.widgets.frame import draw_frame, style
 from bitatlas.app.widgets.look import current_palette
+from bitatlas.app.widgets.settle import settle
 
 
 def _drawn(screen: Screen) -> Callable[[], None]:
@@ -49,6 +50,7 @@ def main() -> None:
         chosen.run()
     except UserError as e:
         error_box(e)
+    settle()
 
 
 main()

@@ -1,4 +1,4 @@
-"""Colours and the Plotly template; the only place where a chart's colour is written down.
+"""Colours and the look of charts; the only place where a chart's colour is written down.
 
 Bits are ordered, so they get a sequential, colour-blind-safe scale, and the same width has the same colour on every
 page. Damage is sequential too, but warm, so that the two are never confused. Grey means unknown, never "zero".
@@ -6,13 +6,28 @@ page. Damage is sequential too, but warm, so that the two are never confused. Gr
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+import plotly.io
 from PIL import Image
 
-__all__ = ["BIT_COLOURS", "DARK", "LIGHT", "Palette", "bit_colour", "favicon", "logo", "palette", "template"]
+__all__ = [
+    "BIT_COLOURS",
+    "DARK",
+    "LIGHT",
+    "Palette",
+    "bit_colour",
+    "favicon",
+    "fixed_margin",
+    "logo",
+    "palette",
+]
+
+plotly.io.templates.default = None  # `dress` has the whole look
 
 # Monotone in luminance (few bits = bright), readable on white and on near-black.
 BIT_COLOURS: dict[int, str] = {
@@ -70,6 +85,7 @@ def bit_colour(bits: int) -> str:
     return BIT_COLOURS[min((b for b in BIT_COLOURS if b >= bits), default=16)]
 
 
+_AXIS = re.compile(r"[xy]axis\d*")
 _TILES = ((2, 3, 5, 8), (3, 2, 4, 6), (4, 5, 3, 16), (8, 6, 16, 4))
 
 
@@ -92,28 +108,69 @@ def logo() -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="110" height="24" viewBox="0 0 110 24">{squares}{name}</svg>'
 
 
-def template(p: Palette) -> go.layout.Template:
-    """Plotly template: quiet grid, the page's own font and ink, transparent background."""
-    family = '"Source Sans", "Source Sans 3", sans-serif'
-    axis = {
-        "gridcolor": p.grid, "zeroline": False, "linecolor": p.grid, "ticks": "", "automargin": True,
+def fixed_margin(left: int = 76, right: int = 12, top: int = 34, bottom: int = 50) -> dict[str, object]:
+    """Margins in pixels that stay as they are: to fit them to labels and legend, Plotly draws a chart twice.
+
+    For charts that are redrawn while a slider moves; the others fit theirs.
+    """
+    return {"l": left, "r": right, "t": top, "b": bottom, "autoexpand": False}
+
+
+def _axis(p: Palette) -> dict[str, Any]:
+    return {
+        "gridcolor": p.grid, "zeroline": False, "linecolor": p.grid, "ticks": "", "automargin": True, "ticklabeloverflow": "allow",
         "title": {"font": {"size": 13, "color": p.muted}, "standoff": 8}, "tickfont": {"color": p.muted, "size": 12},
     }  # fmt: skip
-    return go.layout.Template(
-        layout={
-            "font": {"family": family, "size": 13, "color": p.ink},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "xaxis": axis,
-            "yaxis": axis,
-            "colorway": [BIT_COLOURS[b] for b in (4, 8, 3, 16, 5, 2, 6)],
-            "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
-            "hoverlabel": {
-                "bgcolor": p.paper,
-                "bordercolor": p.grid,
-                "font": {"family": family, "color": p.ink, "size": 13},
-            },
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"color": p.ink}},
-            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": p.muted, "activecolor": p.accent},
-        }
-    )
+
+
+def _layout(p: Palette) -> dict[str, Any]:
+    family = '"Source Sans", "Source Sans 3", sans-serif'
+    return {
+        "font": {"family": family, "size": 13, "color": p.ink},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "colorway": [BIT_COLOURS[b] for b in (4, 8, 3, 16, 5, 2, 6)],
+        "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+        "hoverlabel": {"bgcolor": p.paper, "bordercolor": p.grid, "font": {"family": family, "color": p.ink, "size": 13}},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"color": p.ink}},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": p.muted, "activecolor": p.accent},
+        "datarevision": 1,
+    }  # fmt: skip
+
+
+def dress(figure: go.Figure, p: Palette) -> go.Figure:
+    """Lay the theme under the figure's own layout: quiet grid, the page's font and ink, transparent background.
+
+    Streamlit draws each new chart twice, the second time from a copy of its figure. Plotly leaves that second drawing out where it
+    finds nothing new, so there is no template (any copy of one counts as new), a fixed ``datarevision`` and no typed array in one
+    dimension. A figure that did change is a new chart.
+    """
+    own = figure.layout.to_plotly_json()
+    own.pop("template", None)
+    axes = {name: _axis(p) for name in {"xaxis", "yaxis", *filter(_AXIS.fullmatch, own)}}
+    figure.layout = _merged(_layout(p) | axes, own)
+    figure.layout.template = None  # assigning a layout brings the default one back
+    for trace in figure.data:
+        for path, value in _lines(trace.to_plotly_json()):
+            trace[path] = None  # an equal value would not be taken
+            trace[path] = value.tolist()
+    return figure
+
+
+def _lines(properties: dict[str, Any], above: str = "") -> list[tuple[str, np.ndarray]]:
+    """The arrays of one dimension in a trace, with their dotted paths."""
+    out = []
+    for name, value in properties.items():
+        if isinstance(value, dict):
+            out += _lines(value, f"{above}{name}.")
+        elif isinstance(value, np.ndarray) and value.ndim == 1:
+            out.append((above + name, value))
+    return out
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for name, value in own.items():
+        below = out.get(name)
+        out[name] = _merged(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return out

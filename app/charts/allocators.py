@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
-from bitatlas.app.theme import Palette, template
+from bitatlas.app.theme import Palette, dress
 from bitatlas.app.views.allocators import AllocatorsView
 
 __all__ = ["fronts_chart"]
@@ -40,8 +40,8 @@ def fronts_chart(view: AllocatorsView, p: Palette) -> go.Figure:
         )  # fmt: skip
     positive = any(d > 0 for r in view.rows for d in r.damage)
     figure.update_layout(
-        template=template(p), height=460, dragmode=False, uirevision="allocators",
+        height=460, dragmode=False, uirevision="allocators",
         xaxis={"title": f"weights ({word}), kept tensors included"},
         yaxis={"title": f"damage, {view.metric} ({view.unit})", "type": "log" if positive else "linear"},
     )  # fmt: skip
-    return figure
+    return dress(figure, p)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from bitatlas.app.theme import Palette, template
+from bitatlas.app.theme import Palette, dress
 from bitatlas.app.views.compare import CompareView
 
 __all__ = ["change_map", "waterfall"]
@@ -23,10 +23,10 @@ def change_map(view: CompareView, p: Palette) -> go.Figure:
         )
     )  # fmt: skip
     figure.update_layout(
-        template=template(p), height=max(300, 60 + 14 * len(view.rows)), dragmode=False,
+        height=max(300, 60 + 14 * len(view.rows)), dragmode=False,
         xaxis={"title": "role", "type": "category"}, yaxis={"title": "layer", "type": "category", "autorange": "reversed"},
     )  # fmt: skip
-    return figure
+    return dress(figure, p)
 
 
 def waterfall(view: CompareView, p: Palette, of: str) -> go.Figure:
@@ -53,9 +53,9 @@ def waterfall(view: CompareView, p: Palette, of: str) -> go.Figure:
     near = of == "bytes" and high - low < 0.2 * high
     room = max(high - low, 0.01 * high)
     figure.update_layout(
-        template=template(p), height=320, dragmode=False, showlegend=False,
+        height=320, dragmode=False, showlegend=False,
         xaxis={"title": "from A to B by role", "type": "category"},
         yaxis={"title": f"weights ({word})" if of == "bytes" else f"predicted damage ({word})",
                "range": [low - 0.5 * room, high + 0.2 * room] if near else None},
     )  # fmt: skip
-    return figure
+    return dress(figure, p)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
-from bitatlas.app.theme import Palette, template
+from bitatlas.app.theme import Palette, dress
 from bitatlas.app.views.expert_budget import BudgetFronts, ExpertBudgetView
 
 __all__ = ["AXES", "front"]
@@ -34,7 +34,7 @@ def front(
         hovertemplate=f"%{{x:.3f}} {word}<br>%{{y:.4g}} {unit}<extra></extra>",
     )  # fmt: skip
     figure.update_layout(
-        template=template(p), height=330, dragmode=False, xaxis={"title": f"{axis} ({word})"},
+        height=330, dragmode=False, xaxis={"title": f"{axis} ({word})"},
         yaxis={"title": f"predicted damage, {metric} ({unit})", "type": "log" if (fronts.by_size[:, 2] > 0).all() else "linear"},
     )  # fmt: skip
-    return figure
+    return dress(figure, p)

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from bitatlas.app.charts.cells import add_chosen, add_ground, gap_of
-from bitatlas.app.theme import Palette, template
+from bitatlas.app.theme import Palette, dress, fixed_margin
 from bitatlas.app.views.experts import UNKNOWN, ZERO, ExpertsView, LayerProfile
 
 __all__ = ["HEIGHT", "expert_map", "profile"]
@@ -37,15 +37,15 @@ def expert_map(view: ExpertsView, p: Palette, chosen: np.ndarray | None = None) 
     figure.add_scatter(x=[None], y=[None], mode="markers", marker={"symbol": "square", "size": 11, "color": p.unknown}, hoverinfo="skip",
                        name="unknown: never reached", showlegend=bool(unknown.any()))  # fmt: skip
     figure.update_layout(
-        template=template(p), height=HEIGHT, dragmode="select", clickmode="event", hovermode="closest", uirevision="experts",
-        margin={"l": 56, "r": 96, "t": 28, "b": 48, "autoexpand": False},
+        height=HEIGHT, dragmode="select", clickmode="event", hovermode="closest", uirevision="experts",
+        margin=fixed_margin(56, 96, 28, 48),
         xaxis={"title": "expert", "range": [-0.5, view.experts - 0.5], "showgrid": False, "automargin": False},
         yaxis={"title": "layer", "range": [len(view.layers) - 0.5, -0.5], "showgrid": False, "automargin": False,
                "tickmode": "array", "tickvals": list(range(0, len(view.layers), step)),
                "ticktext": [str(n) for n in view.layers[::step]]},
         newselection={"line": {"color": p.accent, "width": 1.5, "dash": "solid"}},
     )  # fmt: skip
-    return figure
+    return dress(figure, p)
 
 
 def profile(view: LayerProfile, p: Palette) -> go.Figure:
@@ -56,5 +56,5 @@ def profile(view: LayerProfile, p: Palette) -> go.Figure:
             x=list(view.layers), y=values, mode="lines+markers", name=name, marker={"size": 5}, customdata=values * view.largest[name],
             hovertemplate="layer %{x}<br>" + name + " %{customdata:.3~g}<extra></extra>",
         )  # fmt: skip
-    figure.update_layout(template=template(p), height=300, dragmode=False, xaxis={"title": "layer"}, yaxis={"title": "share of the largest"})  # fmt: skip
-    return figure
+    figure.update_layout(height=300, dragmode=False, margin=fixed_margin(60), xaxis={"title": "layer"}, yaxis={"title": "share of the largest"})  # fmt: skip
+    return dress(figure, p)

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from bitatlas.app.sizes import format_bytes
-from bitatlas.app.theme import Palette, bit_colour, template
+from bitatlas.app.theme import Palette, bit_colour, dress, fixed_margin
 from bitatlas.app.views.fit import FitView, FrontLine, MeasuredPoint
 
 __all__ = ["front_chart", "memory_bar"]
 
 _MIB = 1 << 20
 _GIB = 1 << 30
+_LEGEND_COLUMNS = 3  # beside the controls on a 1280-pixel screen
 
 
 def _scale(nbytes: float) -> tuple[float, str]:
@@ -34,13 +35,14 @@ def memory_bar(view: FitView, p: Palette) -> go.Figure:
             text=format_bytes(s.nbytes) if share > 0.08 else "", textposition="inside", insidetextanchor="middle",
             hovertemplate=f"{s.label}<br>{s.nbytes:,} bytes ({share:.1%})<extra></extra>",
         )  # fmt: skip
+    legend = 12 + 20 * -(-len(view.segments) // _LEGEND_COLUMNS)
     figure.update_layout(
-        template=template(p), barmode="stack", height=190, bargap=0.1,
+        barmode="stack", height=120 + legend, bargap=0.1,
         xaxis={"title": f"memory ({word})", "range": [0, view.total_bytes / unit]}, yaxis={"visible": False},
         legend={"traceorder": "normal", "font": {"size": 12}, "y": 1.05}, dragmode=False,
-        margin={"l": 8, "r": 8, "t": 70, "b": 8},
+        margin=fixed_margin(8, 8, legend, 44),
     )  # fmt: skip
-    return figure
+    return dress(figure, p)
 
 
 def front_chart(
@@ -75,8 +77,8 @@ def front_chart(
     figure.add_vline(x=limit_bytes / scale, line={"color": p.muted, "width": 1, "dash": "dot"})
     positive = line.damage[line.damage > 0]
     figure.update_layout(
-        template=template(p), height=360, dragmode=False, uirevision="front",
+        height=360, dragmode=False, uirevision="front", margin=fixed_margin(),
         xaxis={"title": f"weights ({word}), kept tensors included"},
         yaxis={"title": f"predicted damage, {metric} ({unit})", "type": "log" if positive.size > 1 else "linear"},
     )  # fmt: skip
-    return figure
+    return dress(figure, p)

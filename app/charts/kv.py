@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from bitatlas.app.sizes import format_bytes
-from bitatlas.app.theme import Palette, template
+from bitatlas.app.theme import Palette, dress, fixed_margin
 from bitatlas.app.views.kv import KvMap, Split
 
 __all__ = ["map_chart", "split_chart"]
@@ -29,17 +29,22 @@ def map_chart(view: KvMap, p: Palette) -> go.Figure:
         figure.add_heatmap(
             z=z, x=list(panel.columns), y=list(view.layers), customdata=panel.values, zmin=low, zmax=high, xgap=1, ygap=1,
             colorscale=[list(c) for c in p.damage], showscale=i == 0, hoverongaps=False,
-            colorbar={"title": {"text": "log10 damage"}, "thickness": 10},
+            colorbar={"title": {"text": "log10 damage", "side": "right"}, "thickness": 10},
             hovertemplate=f"layer %{{y}}<br>{panel.name} %{{x}}<br>%{{customdata:.3g}}<extra></extra>",
             row=1, col=i + 1,
         )  # fmt: skip
+    longest = max((len(c) for panel in view.panels for c in panel.columns), default=0)
+    margin = fixed_margin(60, 104, 28, 24 + 6 * longest)
     figure.update_layout(
-        template=template(p), height=170 + 14 * max(len(view.layers), 6), dragmode=False, margin={"t": 28}
+        height=170 + 14 * max(len(view.layers), 6),
+        dragmode=False,
+        margin=margin,
     )
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+    ends = [max(view.layers, default=0) + 0.5, min(view.layers, default=0) - 0.5]
+    figure.update_yaxes(range=ends, showgrid=False)
     figure.update_yaxes(title_text="layer", row=1, col=1)
     figure.update_xaxes(showgrid=False, tickangle=-60)
-    return figure
+    return dress(figure, p)
 
 
 def split_chart(view: Split, p: Palette) -> go.Figure:
@@ -61,8 +66,8 @@ def split_chart(view: Split, p: Palette) -> go.Figure:
     figure.add_vline(x=view.whole_kv_bytes / _MIB, line={"color": p.muted, "width": 1, "dash": "dash"},
                      annotation={"text": "16-bit cache", "font": {"color": p.muted}})  # fmt: skip
     figure.update_layout(
-        template=template(p), height=340, dragmode=False,
+        height=340, dragmode=False, margin=fixed_margin(),
         xaxis={"title": "KV cache (MiB); the weights take the rest", "range": [0, float(max(x[-1], x[view.best])) * 1.05]},
         yaxis={"title": "predicted damage (nats/token)", "type": "log"},
     )  # fmt: skip
-    return figure
+    return dress(figure, p)

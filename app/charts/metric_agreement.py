@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from bitatlas.app.theme import Palette, template
+from bitatlas.app.theme import Palette, dress, fixed_margin
 from bitatlas.app.views.metric_agreement import BOTH, NEITHER, ONLY_X, ONLY_Y, MetricsView
 
 __all__ = ["agreement_matrix", "rank_scatter"]
@@ -35,11 +35,11 @@ def rank_scatter(view: MetricsView, x: str, y: str, keys: tuple[str, ...], p: Pa
                 hovertemplate="%{text}<br>%{x:.3~g}, %{y:.3~g}<extra></extra>",
             )  # fmt: skip
     figure.update_layout(
-        template=template(p), height=430, uirevision=f"{x}|{y}", dragmode="select", clickmode="event", hovermode="closest",
+        height=430, uirevision=f"{x}|{y}", margin=fixed_margin(top=56), dragmode="select", clickmode="event", hovermode="closest",
         xaxis={"title": f"{x} ({view.x_unit})", "type": "log" if view.x_log else "linear", "exponentformat": "power"},
         yaxis={"title": f"{y} ({view.y_unit})", "type": "log" if view.y_log else "linear", "exponentformat": "power"},
     )  # fmt: skip
-    return figure
+    return dress(figure, p)
 
 
 def _add_density(figure: go.Figure, view: MetricsView, at: np.ndarray, p: Palette) -> None:
@@ -77,7 +77,9 @@ def agreement_matrix(names: tuple[str, ...], rho: np.ndarray, p: Palette) -> go.
         texttemplate="%{text}" if len(names) <= 16 else None, colorbar={"thickness": 12, "outlinewidth": 0},
         hovertemplate="%{y} and %{x}<br>rank correlation %{z:.2f}<extra></extra>",
     )  # fmt: skip
-    figure.update_layout(template=template(p), height=max(300, 150 + 17 * len(names)), dragmode=False)
+    longest = 7 * max(map(len, names), default=0)  # pixels of the widest name
+    margin = fixed_margin(longest + 16, 70, 8, int(0.75 * longest) + 20)
+    figure.update_layout(height=max(300, 150 + 17 * len(names)), dragmode=False, margin=margin)
     figure.update_xaxes(tickangle=-45, showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    return figure
+    return dress(figure, p)

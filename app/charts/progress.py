@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from bitatlas.app.theme import Palette, template
+from bitatlas.app.theme import Palette, dress
 from bitatlas.app.views.job import LayerProgress
 
 __all__ = ["figure"]
@@ -21,7 +21,7 @@ def figure(view: LayerProgress, palette: Palette) -> go.Figure:
             hovertemplate="layer %{x}<br>%{y}: %{z:.0%} done<extra></extra>",
         )
     )  # fmt: skip
-    fig.update_layout(template=template(palette), height=70 + 34 * max(len(view.metrics), 1), dragmode=False)
+    fig.update_layout(height=70 + 34 * max(len(view.metrics), 1), dragmode=False)
     fig.update_xaxes(title_text="layer", showgrid=False)
     fig.update_yaxes(autorange="reversed", showgrid=False)
-    return fig
+    return dress(fig, palette)

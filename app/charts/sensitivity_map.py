@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from bitatlas.app.charts.cells import add_chosen, add_ground, gap_of
-from bitatlas.app.theme import Palette, template
+from bitatlas.app.theme import Palette, dress, fixed_margin
 from bitatlas.app.views.map_cells import BELOW_FLOOR, UNKNOWN, MapPanel
 from bitatlas.app.views.sensitivity_map import MapView
 
@@ -32,7 +32,7 @@ def figure(view: MapView, palette: Palette, keys: tuple[str, ...], selected: np.
         selected: ids of the cells to show as selected.
         pick: ``box``, ``lasso`` or ``click``. Streamlit answers clicks only while dragging pans.
     """
-    fig = go.Figure(layout={"template": template(palette), "height": HEIGHT, "uirevision": "map"})
+    fig = go.Figure(layout={"height": HEIGHT, "uirevision": "map"})
     two = len(view.panels) > 1
     share = min(0.3, 0.05 + 0.026 * len(view.panels[0].x)) if two else 1.0
     domains = ([0.0, share], [share + 0.02, 1.0]) if two else ([0.0, 1.0],)
@@ -52,10 +52,10 @@ def figure(view: MapView, palette: Palette, keys: tuple[str, ...], selected: np.
         hovermode="closest",
         dragmode=_DRAG[pick],
         clickmode="event+select" if pick == "click" else "event",
-        margin={"l": 62, "r": 92, "t": 28, "b": 62, "autoexpand": False},
+        margin=fixed_margin(62, 92, 28, 62),
         newselection={"line": {"color": palette.accent, "width": 1.5, "dash": "solid"}},
     )
-    return fig
+    return dress(fig, palette)
 
 
 def _axis(labels: tuple[str, ...], title: str, room: float) -> dict[str, object]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from bitatlas.app.theme import Palette, template
+from bitatlas.app.charts.floor import add_floor_label
+from bitatlas.app.theme import Palette, dress, fixed_margin
 from bitatlas.app.views.unit import Evidence, UnitView
 from bitatlas.app.views.unit_inputs import InputsView
 
@@ -36,14 +37,13 @@ def damage_curve(view: UnitView, p: Palette) -> go.Figure:
         hovertemplate="%{text}, %{x:.2f} bits<br><b>%{y:.3~g}</b> ± %{customdata[0]:.2~g} " + view.unit_name + "<extra></extra>",
     )  # fmt: skip
     if view.floor > 0:
-        figure.add_hline(
-            y=view.floor, line={"color": p.muted, "width": 1, "dash": "dash"}, annotation_text="noise floor"
-        )
+        figure.add_hline(y=view.floor, line={"color": p.muted, "width": 1, "dash": "dash"})
+        add_floor_label(figure, view.floor, p)
     figure.update_layout(
-        template=template(p), height=380, dragmode=False, xaxis={"title": "effective bits per weight"},
+        height=380, dragmode=False, margin=fixed_margin(top=56), xaxis={"title": "effective bits per weight"},
         yaxis={"title": f"{view.metric} ({view.unit_name})", "type": "log", "exponentformat": "power"},
     )  # fmt: skip
-    return figure
+    return dress(figure, p)
 
 
 def histogram(evidence: Evidence, p: Palette) -> go.Figure:
@@ -51,9 +51,9 @@ def histogram(evidence: Evidence, p: Palette) -> go.Figure:
     middle = (evidence.edges[1:] + evidence.edges[:-1]) / 2
     figure = go.Figure(go.Bar(x=middle, y=evidence.counts, marker={"color": p.accent, "line": {"width": 0}},
                               hovertemplate="%{x:.3~g}<br>%{y:,} weights<extra></extra>"))  # fmt: skip
-    figure.update_layout(template=template(p), height=300, bargap=0, dragmode=False, xaxis={"title": "weight"},
+    figure.update_layout(height=300, bargap=0, dragmode=False, margin=fixed_margin(top=8), xaxis={"title": "weight"},
                          yaxis={"title": "weights", "type": "log"})  # fmt: skip
-    return figure
+    return dress(figure, p)
 
 
 def input_histogram(view: InputsView, p: Palette) -> go.Figure:
@@ -67,9 +67,9 @@ def input_histogram(view: InputsView, p: Palette) -> go.Figure:
     # Bars of even width need a linear axis of exponents.
     ticks = np.arange(np.floor(log[0]), np.ceil(log[-1]) + 1) if len(log) else np.zeros(0)
     names = [f"{10.0**t:g}" for t in ticks]
-    figure.update_layout(template=template(p), height=300, bargap=0, dragmode=False,
+    figure.update_layout(height=300, bargap=0, dragmode=False, margin=fixed_margin(top=8),
                          xaxis={"title": "|input|", "tickvals": ticks, "ticktext": names}, yaxis={"title": "inputs", "type": "log"})  # fmt: skip
-    return figure
+    return dress(figure, p)
 
 
 def spectrum(evidence: Evidence, p: Palette) -> go.Figure:
@@ -86,7 +86,7 @@ def spectrum(evidence: Evidence, p: Palette) -> go.Figure:
         figure.add_scatter(x=x, y=y, mode="lines", name=f"power law, alpha {evidence.alpha:.2f} ± {evidence.sigma:.2f}",
                            line={"color": "#c2410c", "dash": "dash", "width": 2}, hoverinfo="skip")  # fmt: skip
     figure.update_layout(
-        template=template(p), height=300, dragmode=False,
+        height=300, dragmode=False, margin=fixed_margin(),
         xaxis={"title": "eigenvalue", "type": "log", "exponentformat": "power"}, yaxis={"title": "share above", "type": "log"},
     )  # fmt: skip
-    return figure
+    return dress(figure, p)

@@ -6,7 +6,8 @@ import math
 
 import plotly.graph_objects as go
 
-from bitatlas.app.theme import Palette, template
+from bitatlas.app.charts.floor import add_floor_label
+from bitatlas.app.theme import Palette, dress
 from bitatlas.app.views.verify import VerifyView
 
 __all__ = ["predicted_chart", "size_chart"]
@@ -29,14 +30,13 @@ def predicted_chart(view: VerifyView, p: Palette) -> go.Figure:
             hovertemplate="%{text}<br>predicted %{x:.4g}<br>measured %{y:.4g} nats/token<br>predicted / measured %{customdata:.2f}<extra></extra>",
         )  # fmt: skip
     if view.floor > 0 and rows and view.floor > min(r.kl_mean for r in rows) / 50:
-        figure.add_hline(
-            y=view.floor, line={"color": p.muted, "width": 1, "dash": "dot"}, annotation_text="noise floor"
-        )
+        figure.add_hline(y=view.floor, line={"color": p.muted, "width": 1, "dash": "dot"})
+        add_floor_label(figure, view.floor, p)
     figure.update_layout(
-        template=template(p), height=380, dragmode=False,
+        height=380, dragmode=False,
         xaxis={"title": "predicted KL (nats per token)", "type": "log"}, yaxis={"title": "measured KL (nats per token)", "type": "log"},
     )  # fmt: skip
-    return figure
+    return dress(figure, p)
 
 
 def size_chart(view: VerifyView, p: Palette) -> go.Figure:
@@ -53,7 +53,7 @@ def size_chart(view: VerifyView, p: Palette) -> go.Figure:
             hovertemplate="%{text}<br>%{x:.3f} bits per weight<br>%{y:.4g} nats/token<extra></extra>",
         )  # fmt: skip
     figure.update_layout(
-        template=template(p), height=380, dragmode=False, xaxis={"title": "effective bits per weight"},
+        height=380, dragmode=False, xaxis={"title": "effective bits per weight"},
         yaxis={"title": "measured KL (nats per token)", "type": "log"},
     )  # fmt: skip
-    return figure
+    return dress(figure, p)

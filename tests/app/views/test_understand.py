@@ -194,7 +194,8 @@ def test_inputs_of_a_unit():
     assert json.loads(json.dumps(view.to_dict()))["total"] == view.total
     figure = unit_charts.input_histogram(view, LIGHT)
     assert sum(figure.data[0].y) == view.counts.sum()
-    np.testing.assert_allclose(10 ** (figure.data[0].x - figure.data[0].width / 2), view.edges[:-1])
+    bars = figure.data[0]
+    np.testing.assert_allclose(10 ** (np.asarray(bars.x) - np.asarray(bars.width) / 2), view.edges[:-1])
     unreached = unit_inputs.build(arrays, 0)
     assert unreached.total == 0
     assert "No calibration token" in unreached.words
