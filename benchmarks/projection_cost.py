@@ -5,17 +5,21 @@
 Without --model, a Llama with random weights (about 30 M) is made in memory. Plain and projecting passes alternate, and
 the smallest time of each counts, so that other load on the machine hits both alike. ``ratio`` = seconds per probe
 (2 label draws share a forward) over the seconds of a plain forward + backward with a gradient for every weight.
+Appends one JSON line to benchmarks/results/projection_cost.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bitatlas.analysis.fisher.deltas import DeltaStore
@@ -47,7 +51,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Prints one JSON line."""
+    """Times both and writes the line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,6 +59,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--formats", default="int{2,3,4,5,6,8}-g64")
+    parser.add_argument("--out", default="benchmarks/results/projection_cost.jsonl")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         loaded = LoadedModel.open(index_model(Path(args.model) if args.model else random_llama(Path(folder))))
@@ -75,6 +80,7 @@ def main() -> None:
                 torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).backward()
 
         out: dict[str, object] = {
+            "model": loaded.index.name if args.model else "random Llama",
             "params": loaded.index.params,
             "formats": len(formats),
             "tokens": args.tokens,
@@ -89,10 +95,18 @@ def main() -> None:
                 times[score].append(seconds(lambda score=score: passes[score].run(ids, [0, 1])) / 2)  # type: ignore[misc]
             times["signs, 1 draw"].append(seconds(lambda: passes["signs"].run(ids, [0])))
     best = {name: min(t[1:]) for name, t in times.items()}
-    out["plain_s"] = round(best["plain"], 4)
+    out["plain_s"] = {
+        k: round(float(v), 4)
+        for k, v in zip(("p20", "p50", "p80"), np.quantile(times["plain"][1:], (0.2, 0.5, 0.8)))
+    }
     out["ratio"] = {name: round(t / best["plain"], 3) for name, t in best.items() if name != "plain"}
-    out["threads"], out["torch"] = torch.get_num_threads(), torch.__version__
+    out |= {
+        "rounds": args.rounds, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "device": platform.machine(),
+        "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
     print(json.dumps(out))
+    with Path(args.out).open("a") as lines:
+        lines.write(json.dumps(out) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import streamlit as st
-from streamlit.testing.v1 import AppTest
-from streamlit.util import calc_hash
 
-import bitatlas.app
 from bitatlas.app import state
 from bitatlas.app.screens import SCREENS
 from bitatlas.app.selection import Selection
-
-MAIN = Path(next(iter(bitatlas.app.__path__))) / "main.py"
+from tests.app.screens.pages import heading, open_page
 
 
 @pytest.fixture(autouse=True)
 def _fresh_caches():
     st.cache_data.clear()
     st.cache_resource.clear()
-
-
-def open_page(address: str, **query: str) -> AppTest:
-    """The page at ``address`` with this query string."""
-    at = AppTest.from_file(str(MAIN), default_timeout=60)
-    for key, value in query.items():
-        at.query_params[key] = value
-    # AppTest can only switch between page files; a deep link to a callable page starts at the hash of its address.
-    at._page_hash = calc_hash(address)
-    at.run()
-    assert not at.exception, [e.value for e in at.exception]
-    return at
-
-
-def heading(at: AppTest) -> str:
-    """The page's title."""
-    return next(m.value for m in at.markdown if m.value.startswith("## "))
 
 
 @pytest.mark.parametrize("screen", [s.name for s in SCREENS])

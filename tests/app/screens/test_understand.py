@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import streamlit as st
-from streamlit.testing.v1 import AppTest
-from streamlit.util import calc_hash
 
-import bitatlas.app
 from bitatlas.analysis.schema import DamageRow
 from bitatlas.cache.store import Store
+from tests.app.screens.pages import heading, open_page
 
-MAIN = Path(next(iter(bitatlas.app.__path__))) / "main.py"
 
-
-def open_page(address: str, **query: str) -> AppTest:
+@pytest.fixture(autouse=True)
+def _fresh_caches():
     st.cache_data.clear()
     st.cache_resource.clear()
-    at = AppTest.from_file(str(MAIN), default_timeout=60)
-    for key, value in query.items():
-        at.query_params[key] = value
-    at._page_hash = calc_hash(address)
-    at.run()
-    assert not at.exception, [e.value for e in at.exception]
-    return at
-
-
-def heading(at: AppTest) -> str:
-    return next(m.value for m in at.markdown if m.value.startswith("## "))
 
 
 @pytest.mark.parametrize("address", ["metrics", "unit", "experts"])
