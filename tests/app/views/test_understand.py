@@ -202,7 +202,7 @@ def test_inputs_of_a_unit():
     assert unit_inputs.build({}, 0) is None
     zeros = unit_inputs.build({"edges": edges, "counts": np.eye(len(edges) + 1, dtype=int)[:1] * 7}, 0)
     assert (zeros.total, zeros.below, len(zeros.counts)) == (7, 7, 0)
-    assert not unit_charts.input_histogram(zeros, DARK).data[0].y.size
+    assert not unit_charts.input_histogram(zeros, DARK).data[0].y
 
 
 def test_evidence_of_a_weight(tiny_checkpoint):
