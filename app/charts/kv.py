@@ -34,11 +34,11 @@ def map_chart(view: KvMap, p: Palette) -> go.Figure:
             row=1, col=i + 1,
         )  # fmt: skip
     longest = max((len(c) for panel in view.panels for c in panel.columns), default=0)
-    margin = fixed_margin(60, 104, 28, 24 + 6 * longest)
+    below = 24 + 6 * longest
     figure.update_layout(
-        height=170 + 14 * max(len(view.layers), 6),
+        height=below + 60 + 16 * max(len(view.layers), 6),
         dragmode=False,
-        margin=margin,
+        margin=fixed_margin(60, 104, 28, below),
     )
     ends = [max(view.layers, default=0) + 0.5, min(view.layers, default=0) - 0.5]
     figure.update_yaxes(range=ends, showgrid=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import streamlit as st
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
@@ -15,7 +16,9 @@ _MAIN = Path(next(iter(bitatlas.app.__path__))) / "main.py"
 
 
 def open_page(address: str, **query: str) -> AppTest:
-    """The page at ``address`` with this query string."""
+    """The page at ``address`` with this query string, as a server that was just started shows it."""
+    st.cache_data.clear()
+    st.cache_resource.clear()
     at = AppTest.from_file(str(_MAIN), default_timeout=60)
     for key, value in query.items():
         at.query_params[key] = value

@@ -5,18 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-import streamlit as st
 
 from bitatlas.app import state
 from bitatlas.app.screens import SCREENS
 from bitatlas.app.selection import Selection
 from tests.app.screens.pages import heading, open_page
-
-
-@pytest.fixture(autouse=True)
-def _fresh_caches():
-    st.cache_data.clear()
-    st.cache_resource.clear()
 
 
 @pytest.mark.parametrize("screen", [s.name for s in SCREENS])

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import streamlit as st
 
 from bitatlas.analysis.schema import DamageRow
 from bitatlas.cache.store import Store
 from tests.app.screens.pages import heading, open_page
-
-
-@pytest.fixture(autouse=True)
-def _fresh_caches():
-    st.cache_data.clear()
-    st.cache_resource.clear()
 
 
 @pytest.mark.parametrize("address", ["metrics", "unit", "experts"])
