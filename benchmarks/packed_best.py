@@ -18,11 +18,11 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from scan_scale import copied
 
 from bitatlas.analysis.calibration import make_calibration
 from bitatlas.analysis.divergence import token_kl
@@ -61,28 +61,12 @@ pack.Packer._source = timed(pack.Packer._source)
 UnitQuantizer.instance = timed(UnitQuantizer.instance)  # gathers the statistics that it asks for
 index = index_model(model)
 calibration = make_calibration(load_tokenizer(Path(index.path)), text, int(tokens), int(seq_len), 0, vocab_size=index.vocab_size)
-packer = pack.Packer(index, Allocation.from_json(Path(plan).read_text()), out, quantizer=quantizer, calibration=calibration)
+allocation = Allocation.from_json(Path(plan).read_text())
 start = time.process_time()
-steps = packer.plan()
-for step in steps:
-    packer.run(step)
-result = packer.finish()
+result = pack.pack_model(index, allocation, out, quantizer=quantizer, calibration=calibration)
 print(json.dumps({"pack_cpu_s": time.process_time() - start, "quantiser_cpu_s": own[0], "packed_bytes": result["bytes"],
     "predicted_bytes": result["predicted_bytes"], "pack_peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 """
-
-
-def copied(index_path: Path, target: Path, count: int) -> float:
-    """CPU seconds of reading the checkpoint and writing ``count`` bytes."""
-    start, left, buffer = time.process_time(), count, bytearray(1 << 20)
-    with target.open("wb", buffering=0) as copy:
-        for shard in sorted(index_path.glob("*.safetensors")):
-            with shard.open("rb", buffering=0) as source:
-                while size := source.readinto(buffer):
-                    copy.write(memoryview(buffer)[: min(size, left)])
-                    left -= min(size, left)
-        os.fsync(copy.fileno())
-    return time.process_time() - start
 
 
 def main() -> None:
@@ -119,7 +103,7 @@ def main() -> None:
         if run.returncode:
             sys.exit(run.stderr)
         facts: dict[str, Any] = json.loads(run.stdout)
-        facts["copy_cpu_s"] = copied(Path(index.path), Path(folder) / "copy", facts["packed_bytes"])
+        facts["copy_cpu_s"], _ = copied(Path(index.path), Path(folder) / "copy", facts["packed_bytes"])
         original, back = LoadedModel.open(index), load(packed)
         tokens = make_calibration(
             original.tokenizer, args.text, args.tokens, args.seq_len, 0, vocab_size=index.vocab_size

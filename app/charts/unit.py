@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from bitatlas.app.charts.floor import add_floor_label
+from bitatlas.app.charts.floor import add_floor
 from bitatlas.app.theme import Palette, dress, fixed_margin
 from bitatlas.app.views.unit import Evidence, UnitView
 from bitatlas.app.views.unit_inputs import InputsView
@@ -37,8 +37,7 @@ def damage_curve(view: UnitView, p: Palette) -> go.Figure:
         hovertemplate="%{text}, %{x:.2f} bits<br><b>%{y:.3~g}</b> ± %{customdata[0]:.2~g} " + view.unit_name + "<extra></extra>",
     )  # fmt: skip
     if view.floor > 0:
-        figure.add_hline(y=view.floor, line={"color": p.muted, "width": 1, "dash": "dash"})
-        add_floor_label(figure, view.floor, p)
+        add_floor(figure, view.floor, p, "dash")
     figure.update_layout(
         height=380, dragmode=False, margin=fixed_margin(top=56), xaxis={"title": "effective bits per weight"},
         yaxis={"title": f"{view.metric} ({view.unit_name})", "type": "log", "exponentformat": "power"},

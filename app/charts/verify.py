@@ -6,7 +6,7 @@ import math
 
 import plotly.graph_objects as go
 
-from bitatlas.app.charts.floor import add_floor_label
+from bitatlas.app.charts.floor import add_floor
 from bitatlas.app.theme import Palette, dress
 from bitatlas.app.views.verify import VerifyView
 
@@ -30,8 +30,7 @@ def predicted_chart(view: VerifyView, p: Palette) -> go.Figure:
             hovertemplate="%{text}<br>predicted %{x:.4g}<br>measured %{y:.4g} nats/token<br>predicted / measured %{customdata:.2f}<extra></extra>",
         )  # fmt: skip
     if view.floor > 0 and rows and view.floor > min(r.kl_mean for r in rows) / 50:
-        figure.add_hline(y=view.floor, line={"color": p.muted, "width": 1, "dash": "dot"})
-        add_floor_label(figure, view.floor, p)
+        add_floor(figure, view.floor, p, "dot")
     figure.update_layout(
         height=380, dragmode=False,
         xaxis={"title": "predicted KL (nats per token)", "type": "log"}, yaxis={"title": "measured KL (nats per token)", "type": "log"},
