@@ -101,14 +101,16 @@ def main() -> None:
     }  # fmt: skip
     known = finished(Path(args.out), about)
     entries = [
-        e for e in (*DENSE, *(EXPERTS if index.n_experts else ())) if not args.only or e.solver in args.only
+        e
+        for e in (*DENSE, *(EXPERTS if index.n_experts else ()))
+        if not args.only or {e.solver, e.label} & set(args.only)
     ]
     for seed in args.seeds:
         tables = Tables(args, index, formats, seed)
         for bits in args.bits:
             todo = [
                 e for e in entries
-                if (e.label, bits, seed) not in known and (seed == args.seeds[0] or e.solver in args.seeded)
+                if (e.label, bits, seed) not in known and (seed == args.seeds[0] or {e.solver, e.label} & set(args.seeded))
             ]  # fmt: skip
             made = list(allocations(todo, tables, engine, bits, seed))
             for record, kl in verified(made, loaded, index, held_out.tokens, [f.name for f in formats], args):
@@ -249,9 +251,9 @@ def arguments() -> argparse.Namespace:
         "--seeded",
         type=names,
         default=["path", "path walk", "mckp"],
-        help="solvers that run with every seed; the others with the first",
+        help="solvers or rows that run with every seed; the others with the first",
     )
-    parser.add_argument("--only", type=names, default=[], help="only these solvers")
+    parser.add_argument("--only", type=names, default=[], help="only these solvers or rows")
     parser.add_argument(
         "--measure-tokens", type=int, default=96 * 128, help="calibration tokens of each metric"
     )

@@ -42,16 +42,23 @@ class Ramp(Searcher):
         "over": 10.0, "under": 1.0, "cliff": 1.0,
     }  # fmt: skip
 
-    def begin(self) -> State:
-        """The allocation of the untrained (or given) policy without noise, and the given starts."""
+    def proposal(self) -> np.ndarray:
+        """(U,) the allocation of the given (or untrained) policy without noise; nothing is measured.
+
+        Raises:
+            UserError: no features, or a policy file that does not fit.
+        """
         if self.features is None or self.features.shape != (len(self.problem.units), _STATIC):
             raise UserError(
                 "RAMP-style search needs the units' features",
                 found="none" if self.features is None else str(self.features.shape),
             )
+        return self._walk(self._learner(None), None)[0]
+
+    def begin(self) -> State:
+        """The allocation of the untrained (or given) policy, and the given starts."""
         learner = self._learner(None)
-        first, *_ = self._walk(learner, None)
-        starts = np.array([first, *self.start])
+        starts = np.array([self.proposal(), *self.start])
         scores = self.objective.scores(starts, int(self.settings["judge_tokens"]), self.seed)
         best = int(np.argmin(scores.mean))
         empty = {"seen": np.zeros((0, _STATIC + 2)), "action": np.zeros(0), "return": np.zeros(0)}

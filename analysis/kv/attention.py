@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,14 +46,28 @@ class Replayed:
 
     Attributes:
         layer: number; k, v: (B, H, T, D) as they go into the cache.
-        output: (B, T, heads, D) of the original; weights: (B, T, heads, T).
+        output: (B, T, heads, D) of the original.
     """
 
     def __init__(self, replay: AttentionReplay, layer: int, args: Any, kwargs: Any, call: Attention) -> None:
         self._replay, self._args, self._kwargs, self._module = replay, args, kwargs, call.module
         self.layer = layer
         self.k, self.v = replay.reader.kv[layer]
-        self.output, self.weights = call.output, call.weights()
+        self.output, self._first = call.output, call
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Of the original."""
+        return self._first.weights()
+
+    def changes(self, k: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """(B, T, heads, n, D) change of the output with this K and each of n V in the packed part, the window as it is."""
+        if self._first.heads == (k.shape[1], k.shape[3], self.v.shape[3]):  # one softmax for all values
+            found = self._first.reread(k, torch.cat(list(values), -1)).unflatten(-1, (len(values), -1))
+            return found - self.output.unsqueeze(-2)
+        # The module makes its keys from what it caches, so it has to run; its window is read in 16 bits both times.
+        before = self.with_packed(self.k, self.v)[0]
+        return torch.stack([self.with_packed(k, v)[0] - before for v in values], -2)
 
     def with_packed(self, k: Tensor, v: Tensor, *, weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """Output, and weights when asked for, with these K and V in the packed part of the cache."""

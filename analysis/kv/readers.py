@@ -11,7 +11,7 @@ from bitatlas.analysis.kv.tap import Attention, KvRead
 from bitatlas.kernels.kv.formats import KvLayout, KvPair
 from bitatlas.kernels.kv.quantize import quantize_dequantize_kv, to_16_bits
 
-__all__ = ["GradientReader", "PlanReader"]
+__all__ = ["GradientReader", "OutputReader", "PlanReader"]
 
 
 class PlanReader:
@@ -76,3 +76,29 @@ class GradientReader:
 
     def attended(self, call: Attention) -> None:
         """Nothing to do."""
+
+
+class OutputReader:
+    """K and V as they are; after a backward pass the gradient of every attention layer's output."""
+
+    def __init__(self, layout: KvLayout) -> None:
+        self.layout = layout
+        self._zero: dict[int, Tensor] = {}
+
+    def read(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """As they are."""
+
+    def attended(self, call: Attention) -> Tensor:
+        """A zero of its own is added, which is what the gradient is taken of."""
+        self._zero[call.layer] = torch.zeros_like(call.output).requires_grad_()
+        return call.output + self._zero[call.layer]
+
+    def gradient(self, layer: int) -> Tensor:
+        """Of the output, (B, T, heads, D), since the last call of `clear`."""
+        grad = self._zero[layer].grad
+        return torch.zeros_like(self._zero[layer]) if grad is None else grad
+
+    def clear(self) -> None:
+        """Forget the gradients, not the values."""
+        for zero in self._zero.values():
+            zero.grad = None

@@ -46,12 +46,18 @@ class Attention(NamedTuple):
         module: the attention module.
         output: (B, T, heads, D), before the output projection.
         weights: () -> (B, T, heads, T) attention weights, packed and plain key together; sinks make them sum to less than 1.
+        reread: (K, V as read when packed, each (B, H, T, D)) -> output of the same queries, the window plain as it was in
+            this call. V may hold several values side by side, (B, H, T, n D): the output has them side by side too. Shapes are
+            those of the attention function; where a module caches latents, not those of the cache.
+        heads: (H, D, V) of the attention function's keys and values.
     """
 
     layer: int
     module: nn.Module
     output: Tensor
     weights: Callable[[], Tensor]
+    reread: Callable[[Tensor, Tensor], Tensor]
+    heads: tuple[int, int, int]
 
 
 class KvReader(Protocol):
@@ -62,8 +68,8 @@ class KvReader(Protocol):
     def read(self, layer: int, k: Tensor, v: Tensor) -> KvRead | None:
         """For K and V (B, H, T, D) of a layer; None = as they are."""
 
-    def attended(self, call: Attention) -> None:
-        """Told of every attention call."""
+    def attended(self, call: Attention) -> Tensor | None:
+        """Told of every attention call; a tensor takes the place of its output."""
 
 
 _ACTIVE: ContextVar[tuple[KvReader, str] | None] = ContextVar("kv_reader", default=None)
@@ -153,9 +159,9 @@ def _attention(
     base = ALL_ATTENTION_FUNCTIONS.get(name) if name != "eager" else None
     base = base or sys.modules[type(module).__module__].eager_attention_forward
     n = query.shape[2]
-    mask = _causal(query) if attention_mask is None else attention_mask[..., :n]
-    if key.shape[2] == 2 * n:
-        mask = doubled(mask, packed_seen(reader.layout, n, query.device))
+    single = _causal(query) if attention_mask is None else attention_mask[..., :n]
+    packed = packed_seen(reader.layout, n, query.device)
+    mask = doubled(single, packed) if key.shape[2] == 2 * n else single
     output, scores = base(module, query, key, value, mask, **kwargs)
 
     def weights() -> Tensor:
@@ -165,8 +171,15 @@ def _attention(
         found = base(module, query, key, eye, mask, **kwargs)[0]
         return found if m == n else found[..., :n] + found[..., n:]
 
-    reader.attended(Attention(int(getattr(module, "layer_idx", -1)), module, output, weights))
-    return output, scores
+    def reread(k: Tensor, v: Tensor) -> Tensor:
+        plain = value[:, :, -n:].repeat(1, 1, 1, v.shape[-1] // value.shape[-1])
+        keys, values = torch.cat([k, key[:, :, -n:]], 2), torch.cat([v, plain], 2)
+        return base(module, query, keys, values, doubled(single, packed), **kwargs)[0]
+
+    heads = (key.shape[1], key.shape[3], value.shape[3])
+    layer = int(getattr(module, "layer_idx", -1))
+    replaced = reader.attended(Attention(layer, module, output, weights, reread, heads))
+    return output if replaced is None else replaced, scores
 
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)

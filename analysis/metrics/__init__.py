@@ -28,6 +28,7 @@ from bitatlas.analysis.metrics.kl_flip import KlFlip
 from bitatlas.analysis.metrics.kv_error import KvError
 from bitatlas.analysis.metrics.kv_fisher import KvFisher
 from bitatlas.analysis.metrics.kv_flip import KvFlip
+from bitatlas.analysis.metrics.kv_output import KvOutput
 from bitatlas.analysis.metrics.lim import Lim
 from bitatlas.analysis.metrics.logit_gram import LogitGram
 from bitatlas.analysis.metrics.lrp import Lrp
@@ -78,6 +79,7 @@ _TABLE: tuple[type[Metric], ...] = (
     Coactivation,
     ExpertError,
     CameraEnergy,
+    KvOutput,
     KvFisher,
     KvFlip,
     KvError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ class KvGeometry:
         return int(-(-total // 1))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelIndex:
     """Units of a checkpoint, from its headers alone.
 
@@ -140,7 +141,7 @@ class ModelIndex:
     source: str = "safetensors"
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property  # pages ask for it at every turn, and there may be a hundred thousand units
     def params(self) -> int:
         """Quantisable weights."""
         return sum(u.params for u in self.units)

@@ -1,4 +1,4 @@
-"""Fit, drawn: the memory bar and the front with "you are here"."""
+"""Fit, drawn: the front with "you are here"."""
 
 from __future__ import annotations
 
@@ -6,43 +6,17 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from bitatlas.app.sizes import format_bytes
-from bitatlas.app.theme import Palette, bit_colour, dress, fixed_margin
+from bitatlas.app.theme import Palette, dress, fixed_margin
 from bitatlas.app.views.fit import FitView, FrontLine, MeasuredPoint
 
-__all__ = ["front_chart", "memory_bar"]
+__all__ = ["front_chart"]
 
 _MIB = 1 << 20
 _GIB = 1 << 30
-_LEGEND_COLUMNS = 3  # beside the controls on a 1280-pixel screen
 
 
 def _scale(nbytes: float) -> tuple[float, str]:
     return (_GIB, "GiB") if nbytes >= _GIB else (_MIB, "MiB")
-
-
-def memory_bar(view: FitView, p: Palette) -> go.Figure:
-    """One stacked bar that adds up to the memory asked for."""
-    unit, word = _scale(view.total_bytes)
-    colours = {"kept": p.muted, "kv": "#c77d3a", "reserve": p.grid, "free": p.below_floor}
-    figure = go.Figure()
-    for s in view.segments:
-        share = s.nbytes / view.total_bytes
-        figure.add_bar(
-            x=[s.nbytes / unit], y=[""], orientation="h", name=f"{s.label} {format_bytes(s.nbytes)}",
-            marker={"color": bit_colour(s.bits) if s.kind == "weights" else colours[s.kind], "line": {"width": 0}},
-            # A label only where it fits; the legend and the hover have every number.
-            text=format_bytes(s.nbytes) if share > 0.08 else "", textposition="inside", insidetextanchor="middle",
-            hovertemplate=f"{s.label}<br>{s.nbytes:,} bytes ({share:.1%})<extra></extra>",
-        )  # fmt: skip
-    legend = 12 + 20 * -(-len(view.segments) // _LEGEND_COLUMNS)
-    figure.update_layout(
-        barmode="stack", height=120 + legend, bargap=0.1,
-        xaxis={"title": f"memory ({word})", "range": [0, view.total_bytes / unit]}, yaxis={"visible": False},
-        legend={"traceorder": "normal", "font": {"size": 12}, "y": 1.05}, dragmode=False,
-        margin=fixed_margin(8, 8, legend, 44),
-    )  # fmt: skip
-    return dress(figure, p)
 
 
 def front_chart(

@@ -8,6 +8,7 @@ import streamlit as st
 from bitatlas.analysis.schema import UserError
 from bitatlas.app import state
 from bitatlas.app.charts import fit as charts
+from bitatlas.app.charts.memory_bar import memory_bar
 from bitatlas.app.sizes import format_bytes
 from bitatlas.app.studies import Study
 from bitatlas.app.views import fit as views
@@ -156,13 +157,8 @@ def _answer(study: Study, asked: controls.Asked, head: st.delta_generator.DeltaG
     if view is not None:
         state.set_budget(asked.total_bytes - _free(view), asked.total_bytes)
         show_budget()
-        st.plotly_chart(
-            charts.memory_bar(view, palette),
-            key="memory_bar",
-            theme=None,
-            config={"displayModeBar": False},
-            alt=view.title,
-        )
+        with st.container(key="memory_bar"):
+            st.html(memory_bar(view, palette))
     measured = views.measured_points(study.verifications, fit_cache.sizes(study))
     st.plotly_chart(charts.front_chart(view, line, measured, budget.weights_bytes, palette, asked.metric, unit), key="front_chart", theme=None,
                     config={"displayModeBar": False}, alt="Predicted damage over size, with the budget as a line")  # fmt: skip

@@ -14,6 +14,7 @@ from bitatlas.app.widgets import fit_cache
 from bitatlas.app.widgets.boxes import empty_state, error_box
 from bitatlas.app.widgets.data import the_study
 from bitatlas.app.widgets.frame import title
+from bitatlas.app.widgets.kept import kept
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.twin import cli_twin, command, downloads
 
@@ -34,13 +35,15 @@ def page() -> None:
     )
     metric = st.selectbox("Metric", names, key="kv_map_metric", bind="query-params", width=220)
     table = study.kv[metric]
-    view = views.build_map(table)
+    view = kept(study, "kv_view", table.run, metric, make=lambda: views.build_map(table))
     with head:
         title(view.title, view.subtitle)
     config = {"displaylogo": False}
-    st.plotly_chart(
-        charts.map_chart(view, current_palette()), key="kv_map", theme=None, config=config, alt=view.title
+    palette = current_palette()
+    figure = kept(
+        study, "kv_map", table.run, metric, palette.dark, make=lambda: charts.map_chart(view, palette)
     )
+    st.plotly_chart(figure, key="kv_map", theme=None, config=config, alt=view.title)
     downloads(f"{study.index.name}-{metric}", lambda: pd.DataFrame(view.columns()), view.to_dict, "kv")
     if metric in ("kv_fisher", "kv_flip"):
         _split(study, table)

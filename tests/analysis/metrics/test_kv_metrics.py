@@ -8,11 +8,13 @@ import torch
 from conformance_metric import Case, MetricConformance
 
 from bitatlas.analysis.calibration import CalibrationSet
-from bitatlas.analysis.kv.readers import PlanReader
+from bitatlas.analysis.fisher.probes import score_gradient
+from bitatlas.analysis.kv.readers import OutputReader, PlanReader
 from bitatlas.analysis.measure import MeasureContext, run_metric
 from bitatlas.analysis.metrics.kv_error import KvError
 from bitatlas.analysis.metrics.kv_fisher import KvFisher
 from bitatlas.analysis.metrics.kv_flip import KvFlip
+from bitatlas.analysis.metrics.kv_output import KvOutput
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import KvTable
 from bitatlas.kernels.errors import UserError
@@ -131,6 +133,63 @@ def test_flips_equal_two_whole_forwards_and_the_fisher_form_predicts_small_ones(
             assert row.value / flips["kv_flip", unit, pair].value == pytest.approx(1, abs=0.25)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "gpt_oss"])
+def test_the_projection_behind_attention_is_the_gradient_times_the_exact_change(
+    tiny_checkpoint, tmp_path, monkeypatch, family
+):
+    ctx = make(tiny_checkpoint(family), (2, 18))
+    monkeypatch.setattr(MeasureContext, "random_seed", lambda self, *parts: 7)
+    step = KvOutput().plan(ctx)[0]
+    found = KvOutput().step(ctx, step).arrays
+    inside = KvFisher().step(ctx, step).arrays
+    if family != "deepseek_v3":  # which caches latents: its "V" is the rotated part of the keys
+        # The output is linear in V: there both projections are the same number.
+        np.testing.assert_allclose(found["dots"][:, :, -1, :-1], inside["v"], rtol=2e-3, atol=1e-6)
+    assert (found["dots"][:, :, -1, -1] == 0).all() or abs(found["dots"][:, :, -1, -1]).max() < 1e-5
+    # K and V together: the change that the same layer shows when the whole model runs with this plan.
+    layer = KvOutput().layers(ctx)[0]  # nothing before it differs
+    ids = torch.from_numpy(ctx.calibration.tokens[:1])
+    outputs, gradient = [], OutputReader(LAYOUT)
+    for pair in ("kv16/kv16", "kv2-token/kv2-token"):
+        reader = Keeping({layer: parse_pair(pair)}, LAYOUT)
+        with ctx.loaded.cached(reader), torch.no_grad():
+            ctx.loaded.logits(ids)
+        outputs.append(reader.output[layer])
+    with ctx.loaded.cached(gradient):
+        logits = ctx.loaded.logits(ids)[0]
+    logits.backward(score_gradient(logits, "signs", torch.Generator().manual_seed(7)))
+    want = float((gradient.gradient(layer) * (outputs[1] - outputs[0])).sum())
+    # The plan reads its window in 16 bits, the metric as it is.
+    assert found["dots"][0, 0, 0, 1] == pytest.approx(want, rel=3e-2, abs=1e-4)
+
+
+class Keeping(PlanReader):
+    """Also keeps every layer's attention output."""
+
+    def attended(self, call):
+        self.__dict__.setdefault("output", {})[call.layer] = call.output
+
+
+def test_a_settled_softmax_is_no_small_change(tiny_checkpoint, tmp_path):
+    """Keys so large that the softmax settles: the slope in K is next to nothing, what quantising does is not."""
+    ctx = make(tiny_checkpoint("llama"), (4, 18), draws=40)
+    with torch.no_grad():
+        for block in ctx.loaded.model.model.layers:
+            block.self_attn.k_proj.weight *= 40
+            block.self_attn.q_proj.weight *= 4
+    truth, inside, behind = (
+        values(run_metric(kind(), ctx, tmp_path / kind.NAME)) for kind in (KvFlip, KvFisher, KvOutput)
+    )
+    off = {"kv_fisher": [], "kv_output": []}
+    for unit in ("kv.0", "kv.1"):
+        for pair in ("kv2-token/kv4-token", "kv2-channel/kv4-token"):
+            want = truth["kv_flip", unit, pair].value
+            off["kv_fisher"].append(abs(np.log(inside["kv_fisher", unit, pair].value / want)))
+            off["kv_output"].append(abs(np.log(behind["kv_output", unit, pair].value / want)))
+    assert np.mean(off["kv_output"]) < 0.4
+    assert np.mean(off["kv_output"]) < np.mean(off["kv_fisher"]) / 2
+
+
 def test_rows_make_a_table_of_pairs_with_the_16_bit_one(tiny_checkpoint, tmp_path):
     ctx = make(tiny_checkpoint("deepseek_v3"))  # latents: no keys before rotation
     rows = run_metric(KvError(), ctx, tmp_path)
@@ -168,6 +227,13 @@ class TestFisher(MetricConformance):
     @classmethod
     def case(cls, context):
         return Case(KvFisher, lambda seed: context("gpt2", seed=seed, settings=SETTINGS))
+
+
+class TestOutput(MetricConformance):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def case(cls, context):
+        return Case(KvOutput, lambda seed: context("gpt2", seed=seed, settings=SETTINGS))
 
 
 class TestFlip(MetricConformance):
