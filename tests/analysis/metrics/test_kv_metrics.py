@@ -175,8 +175,9 @@ def test_a_settled_softmax_is_no_small_change(tiny_checkpoint, tmp_path):
     ctx = make(tiny_checkpoint("llama"), (4, 18), draws=40)
     with torch.no_grad():
         for block in ctx.loaded.model.model.layers:
-            block.self_attn.k_proj.weight *= 40
+            block.self_attn.k_proj.weight *= 200
             block.self_attn.q_proj.weight *= 4
+            block.self_attn.o_proj.weight *= 0.1  # what attention says stays a small change of the whole
     truth, inside, behind = (
         values(run_metric(kind(), ctx, tmp_path / kind.NAME)) for kind in (KvFlip, KvFisher, KvOutput)
     )
@@ -186,7 +187,7 @@ def test_a_settled_softmax_is_no_small_change(tiny_checkpoint, tmp_path):
             want = truth["kv_flip", unit, pair].value
             off["kv_fisher"].append(abs(np.log(inside["kv_fisher", unit, pair].value / want)))
             off["kv_output"].append(abs(np.log(behind["kv_output", unit, pair].value / want)))
-    assert np.mean(off["kv_output"]) < 0.4
+    assert np.mean(off["kv_output"]) < 0.3
     assert np.mean(off["kv_output"]) < np.mean(off["kv_fisher"]) / 2
 
 
