@@ -91,10 +91,17 @@ class WeightReader:
         _check_finite(unit.tensor, weight)
         return weight
 
-    def window(self, unit: QuantUnit, rows: tuple[int, int], cols: tuple[int, int] | None = None) -> Tensor:
+    def window(
+        self,
+        unit: QuantUnit,
+        rows: tuple[int, int],
+        cols: tuple[int, int] | None = None,
+        stored: bool = False,
+    ) -> Tensor:
         """Rows (start, stop) and columns (start, stop; None = all) of a unit, float32; nothing else is read.
 
-        MXFP4 experts are the exception: they are small and come through `get`.
+        MXFP4 experts are the exception: they are small and come through `get`. ``stored`` leaves 16-bit weights as they are
+        and does not look for NaN and Inf: whoever rounds them sees every weight anyway.
 
         Raises:
             UserError: as `get`.
@@ -107,29 +114,39 @@ class WeightReader:
             first = 0 if unit.part == "gate" else 1
             a, b = (2 * a, 2 * b) if unit.interleaved else (a + first * unit.rows, b + first * unit.rows)
         box = (c, d, a, b) if unit.transposed else (a, b, c, d)
-        weight = self._box(info, unit.expert if len(info.shape) >= 3 else None, box)
+        weight = self._box(info, unit.expert if len(info.shape) >= 3 else None, box, stored)
         if unit.transposed:
             weight = weight.T
         if unit.interleaved and unit.part:
             weight = weight[first::2]
         weight = weight.contiguous()
-        _check_finite(unit.tensor, weight)
+        if not stored:
+            _check_finite(unit.tensor, weight)
         return weight
 
-    def blocks(self, unit: QuantUnit, columns: bool = False, step: int = 0) -> Iterator[Tensor]:
-        """The unit as consecutive float32 blocks of ``step`` rows, or columns; by default some 16 MiB, a multiple of 128."""
+    def blocks(
+        self, unit: QuantUnit, columns: bool = False, step: int = 0, stored: bool = False
+    ) -> Iterator[Tensor]:
+        """The unit as consecutive blocks of ``step`` rows, or columns; by default some 16 MiB, a multiple of 128.
+
+        float32 and checked, or as `window` says of ``stored``.
+        """
         along, other = (unit.cols, unit.rows) if columns else (unit.rows, unit.cols)
         step = step or max(BLOCK // other // ALIGN, 1) * ALIGN
         for start in range(0, along, step):
             part = start, min(start + step, along)
-            yield self.window(unit, (0, unit.rows), part) if columns else self.window(unit, part)
+            at = ((0, unit.rows), part) if columns else (part, None)
+            yield self.window(unit, *at, stored=stored)
 
-    def _box(self, info: TensorInfo, expert: int | None, box: tuple[int, int, int, int]) -> Tensor:
-        """float32 rows a to b, columns c to d of a stored matrix or of one expert's slice, its scales applied."""
+    def _box(
+        self, info: TensorInfo, expert: int | None, box: tuple[int, int, int, int], stored: bool = False
+    ) -> Tensor:
+        """Rows a to b, columns c to d of a stored matrix or of one expert's slice, its scales applied; float32 or ``stored``."""
         a, b, c, d = box
         scale_name = scale_of(info.name, self.files.tensors) if info.dtype in _FP8 else ""
         if not scale_name:
-            return self._read_box(info, expert, box)
+            weight = self._read_box(info, expert, box)
+            return weight if stored and weight.dtype in (torch.bfloat16, torch.float16) else weight.float()
         scale_info = self.files.tensors[scale_name][1]
         scale = self._read(scale_info, expert if len(scale_info.shape) >= 3 else None)
         high, wide = self._block()
@@ -143,7 +160,7 @@ class WeightReader:
                 step = 1 if scale.shape[axis] == shape[axis] else size
                 if scale.shape[axis] > 1:
                     scale = scale.narrow(axis, start // step, -(-stop // step) - start // step)
-        weight = self._read_box(info, expert, (top, b, left, d))
+        weight = self._read_box(info, expert, (top, b, left, d)).float()
         return dequantize_fp8(weight, scale, (high, wide), info.name)[a - top :, c - left :]
 
     def _read_box(self, info: TensorInfo, expert: int | None, box: tuple[int, int, int, int]) -> Tensor:
@@ -164,7 +181,7 @@ class WeightReader:
             for row in range(b - a):
                 at = start + row * step + offset
                 raw[row * length : (row + 1) * length] = self._bytes(shard, at, at + length)
-        return raw.view(dtype).reshape(b - a, d - c).to(torch.float32)
+        return raw.view(dtype).reshape(b - a, d - c)
 
     def kept(self, name: str) -> Tensor:
         """Any tensor of the checkpoint as it is stored: its own shape and dtype, a fresh copy.

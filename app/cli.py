@@ -122,7 +122,9 @@ def solve(
         bool,
         typer.Option("--kv", help="With --fit: K and V of each layer share the budget with the weights."),
     ] = False,
-    kv_metric: Annotated[str, typer.Option(help="With --kv: kv_fisher or kv_flip.")] = "kv_fisher",
+    kv_metric: Annotated[
+        str, typer.Option(help="With --kv: kv_output, kv_fisher or kv_flip; the first that is measured.")
+    ] = "",
     reserve: Annotated[str, typer.Option(help="With --fit: activations and workspace.")] = "256MiB",
     formats: Formats = DEFAULT_FORMATS,
     pin: Pins = None,

@@ -33,6 +33,7 @@ from bitatlas.solvers.joint import kv_problem
 
 VALUES = {  # metric -> its values that tell pairs apart
     "kv_error": ("kv_error",),  # of the attention output, as KVTuner ranks pairs
+    "kv_output": ("kv_output",),
     "kv_fisher": ("kv_fisher",),
     "kv_flip": ("kv_flip",),
 }
@@ -48,7 +49,10 @@ def main() -> None:
     parser.add_argument("--calibration")
     parser.add_argument("--text", help="held-out text")
     parser.add_argument(
-        "--metrics", type=lambda s: s.split(","), default=list(VALUES), help="of kv_error, kv_fisher, kv_flip"
+        "--metrics",
+        type=lambda s: s.split(","),
+        default=list(VALUES),
+        help="of kv_error, kv_output, kv_fisher, kv_flip",
     )
     parser.add_argument("--measure-tokens", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens")

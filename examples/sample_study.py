@@ -40,7 +40,9 @@ def make(folder: Path) -> None:
     )
     tasks.measure("demo", "fisher_projection,weight_error,activation_error,alphaq,routing,massive_activations", formats=FORMATS,
                   tokens=16384, seq_len=128, wait=True, on_progress=told)  # fmt: skip
-    tasks.measure("demo", "kv_fisher,kv_flip,kv_error", tokens=4096, seq_len=256, wait=True, on_progress=told)
+    tasks.measure(
+        "demo", "kv_output,kv_fisher,kv_flip,kv_error", tokens=4096, seq_len=256, wait=True, on_progress=told
+    )
     tasks.measure(
         "demo", "kl_flip,hawq_trace", formats=FORMATS, tokens=4096, seq_len=128, wait=True, on_progress=told
     )

@@ -5,6 +5,10 @@ moves it all the same: keys with outlier channels, quantised by token, are under
 attention of a layer is computed again with the cache as it would be read, and with G the gradient of a random score
 (`analysis.fisher.probes`) with respect to the attention's output O,
     KL = 1/(2T) E[<G, O' - O>^2].
+
+The square of a sum over all positions is one number a probe, and noisy. Its terms of one position alone, sum_t <G_t, O'_t - O_t>^2,
+are many; what the products of different positions add is nearly the same share everywhere, so that share is estimated
+once, over all layers and pairs, and the terms carry the differences.
 """
 
 from __future__ import annotations
@@ -99,18 +103,20 @@ class KvOutput(KvMetric):
     def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
         """Rows of K, V and pairs from all probes."""
         steps = [parts[key] for key in self.plan(ctx)]
-        dots = np.concatenate([p["dots"] for p in steps])
-        sequence = np.concatenate([p["sequence"] for p in steps])
+        dots, squares, sequence = (
+            np.concatenate([p[n] for p in steps]) for n in ("dots", "squares", "sequence")
+        )
         keys, values = self.formats(ctx)
+        squares *= _shared_share(dots, squares)
         length, tokens = self.length(ctx), self.length(ctx) * self.sequences(ctx)
         rows = []
         for i, layer in enumerate(self.layers(ctx)):
-            found = [(kv_unit(layer, "k"), f.name, dots[:, i, j, -1]) for j, f in enumerate(keys)]
-            found += [(kv_unit(layer, "v"), f.name, dots[:, i, -1, j]) for j, f in enumerate(values)]
-            found += [(kv_unit(layer), f"{a.name}/{b.name}", dots[:, i, m, n])
+            found = [(kv_unit(layer, "k"), f.name, squares[:, i, j, -1]) for j, f in enumerate(keys)]
+            found += [(kv_unit(layer, "v"), f.name, squares[:, i, -1, j]) for j, f in enumerate(values)]
+            found += [(kv_unit(layer), f"{a.name}/{b.name}", squares[:, i, m, n])
                       for m, a in enumerate(keys) for n, b in enumerate(values)]  # fmt: skip
-            for unit, fmt, values_ in found:
-                each = np.bincount(sequence, values_**2) / np.bincount(sequence) / (2 * length)  # by sequence
+            for unit, fmt, square in found:
+                each = np.bincount(sequence, square) / np.bincount(sequence) / (2 * length)  # by sequence
                 n = len(each)
                 error = float(each.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
                 rows.append(DamageRow(self.NAME, unit, fmt, float(each.mean()), error, tokens))
@@ -128,3 +134,10 @@ class KvOutput(KvMetric):
             int(tokens * (1 + share)),
             tokens * int(self.option(ctx, "draws")),
         )
+
+
+def _shared_share(dots: np.ndarray, squares: np.ndarray) -> float:
+    """Mean over layers and pairs of E[(sum over positions)^2] / E[sum of squares]; both (P, L, FK + 1, FV + 1)."""
+    whole, alone = np.square(dots).mean(0)[:, :-1, :-1], squares.mean(0)[:, :-1, :-1]
+    moved = alone > 0
+    return float((whole[moved] / alone[moved]).mean()) if moved.any() else 1.0

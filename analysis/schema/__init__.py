@@ -13,7 +13,7 @@ from bitatlas.analysis.schema.allocation import (
     resolve_pins,
 )
 from bitatlas.analysis.schema.damage import NO_FORMAT, DamageRow, Provenance, SensitivityTable
-from bitatlas.analysis.schema.kv import KvTable, is_kv_metric, kv_layer, kv_unit
+from bitatlas.analysis.schema.kv import KV_DAMAGES, KvTable, is_kv_metric, kv_layer, kv_unit
 from bitatlas.analysis.schema.model import KeptTensor, KvGeometry, ModelIndex, QuantUnit, TieGroup
 from bitatlas.analysis.schema.scores import Objective, Scores, Spent
 from bitatlas.kernels.errors import UserError
@@ -29,6 +29,7 @@ from bitatlas.kernels.kv.formats import (
 )
 
 __all__ = [
+    "KV_DAMAGES",
     "ALLOCATION_SCHEMA",
     "FORMATS",
     "KV16",

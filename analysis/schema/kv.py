@@ -12,7 +12,10 @@ from bitatlas.analysis.schema.damage import DamageRow
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.kv.formats import KvLayout, KvPair, parse_pair
 
-__all__ = ["KvTable", "is_kv_metric", "kv_layer", "kv_unit"]
+__all__ = ["KV_DAMAGES", "KvTable", "is_kv_metric", "kv_layer", "kv_unit"]
+
+KV_DAMAGES = ("kv_output", "kv_fisher", "kv_flip")
+"""Metrics of the cache in nats per token, which may be added to the damage of weights; the one to ask first comes first."""
 
 
 def kv_unit(layer: int, part: str = "") -> str:
@@ -68,7 +71,7 @@ class KvTable:
         if not found:
             raise UserError(
                 f"this run has no {metric} for pairs of K and V",
-                fix="bitatlas measure MODEL --metric kv_fisher",
+                fix="bitatlas measure MODEL --metric kv_output",
             )
         layers = tuple(sorted({kv_layer(r.unit)[0] for r in found}))
         names = {r.format for r in found} | {"kv16/kv16"}

@@ -26,7 +26,12 @@ def gap_of(shape: tuple[int, ...]) -> int:
 def add_ground(
     figure: go.Figure, unknown: np.ndarray, noise: np.ndarray, p: Palette, words: str, **on: Any
 ) -> None:
-    """The cells (Y, X) below the values: unknown ones grey and hatched, with ``words`` as their hover; noise pale."""
+    """The cells (Y, X) below the values: unknown ones grey and hatched, with ``words`` as their hover; noise pale.
+
+    Each layer is an image of its own that the browser encodes and decodes: nothing is added where all cells are known.
+    """
+    if not (unknown.any() or noise.any()):
+        return
     ground = np.where(unknown, 1.0, np.where(noise, 0.0, np.nan)).astype(np.float32)
     gap = gap_of(ground.shape)
     flat = [[0, p.below_floor], [1, p.unknown]]

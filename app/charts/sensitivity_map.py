@@ -102,8 +102,7 @@ def _add_panel(
 ) -> None:  # fmt: skip
     on = {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
     gap = gap_of(p.z.shape)
-    shape = (*p.z.shape, 5)
-    data = np.full(shape, np.nan, np.float32)
+    data = np.full((*p.z.shape, 5), np.nan, np.float32)
     data[p.cell_y, p.cell_x] = np.stack([p.layer, p.expert, p.value, p.stderr, p.rank], axis=1)
     named = len(p.cell) <= _NAMES_UP_TO and p.size.max() == 1
     names = None

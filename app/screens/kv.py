@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from bitatlas.analysis.schema import KvTable, UserError
+from bitatlas.analysis.schema import KV_DAMAGES, KvTable, UserError
 from bitatlas.app.charts import kv as charts
 from bitatlas.app.studies import Study
 from bitatlas.app.views import fit_controls
@@ -26,13 +26,11 @@ def page() -> None:
     study = the_study()
     if study is None or not study.kv:
         title("The KV cache has not been measured yet")
-        empty_state("The page shows how much K and V of every layer are hurt by fewer bits (metric kv_fisher, kv_flip or kv_error).",
+        empty_state("The page shows how much K and V of every layer are hurt by fewer bits (metric kv_output, kv_flip or kv_error).",
                     "Measure a model", screen="run")  # fmt: skip
         return
     head = st.container()
-    names = sorted(
-        study.kv, key=lambda n: ("kv_fisher", "kv_flip").index(n) if n in ("kv_fisher", "kv_flip") else 2
-    )
+    names = sorted(study.kv, key=lambda n: KV_DAMAGES.index(n) if n in KV_DAMAGES else len(KV_DAMAGES))
     metric = st.selectbox("Metric", names, key="kv_map_metric", bind="query-params", width=220)
     table = study.kv[metric]
     view = kept(study, "kv_view", table.run, metric, make=lambda: views.build_map(table))
@@ -45,7 +43,7 @@ def page() -> None:
     )
     st.plotly_chart(figure, key="kv_map", theme=None, config=config, alt=view.title)
     downloads(f"{study.index.name}-{metric}", lambda: pd.DataFrame(view.columns()), view.to_dict, "kv")
-    if metric in ("kv_fisher", "kv_flip"):
+    if metric in KV_DAMAGES:
         _split(study, table)
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bitatlas.analysis.schema import Allocation, Budget, KvTable, ModelIndex, Provenance, UserError
+from bitatlas.analysis.schema import (
+    KV_DAMAGES,
+    Allocation,
+    Budget,
+    KvTable,
+    ModelIndex,
+    Provenance,
+    UserError,
+)
 from bitatlas.app.sizes import format_bytes
 from bitatlas.app.studies import kv_table
 from bitatlas.cache.store import Store
@@ -14,15 +22,17 @@ from bitatlas.solvers.joint import join_kv
 __all__ = ["find_kv_table", "solve_joint"]
 
 
-def find_kv_table(store: Store, index: ModelIndex, metric: str = "kv_fisher") -> KvTable:
-    """The newest finished measurement of a KV metric, by layer and pair.
+def find_kv_table(store: Store, index: ModelIndex, metric: str = "") -> KvTable:
+    """The newest finished measurement of a KV metric, by layer and pair; by default of the first of `KV_DAMAGES` that there is.
 
     Raises:
         UserError: never measured, or a metric whose unit is not that of the weights' damage.
     """
-    if metric not in ("kv_fisher", "kv_flip"):
+    if not metric:
+        metric = next((m for m in KV_DAMAGES if store.latest_run(index.digest, m)), KV_DAMAGES[0])
+    if metric not in KV_DAMAGES:
         raise UserError(f"{metric} cannot be added to the damage of weights", found="its unit is not nats per token",
-                        fix="--kv-metric kv_fisher or kv_flip")  # fmt: skip
+                        fix=f"--kv-metric {' or '.join(KV_DAMAGES)}")  # fmt: skip
     run = store.latest_run(index.digest, metric)
     table = kv_table(store, store.run(run), metric) if run else None
     if table is None:

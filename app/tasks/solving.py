@@ -150,7 +150,7 @@ def solve(
     kv_bits: float = 16,
     kv_plan: str = "",
     kv: bool = False,
-    kv_metric: str = "kv_fisher",
+    kv_metric: str = "",
     reserve: str | int = "256MiB",
     formats: str | tuple[str, ...] = "int{2,3,4,5,6,8}-g64",
     pins: list[str] | None = None,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import streamlit as st
 
-from bitatlas.analysis.schema import UserError
+from bitatlas.analysis.schema import KV_DAMAGES, UserError
 from bitatlas.app.kv_plan import KV_BITS, decode_kv, encode_kv
 from bitatlas.app.sizes import format_bytes
 from bitatlas.app.studies import Study
@@ -27,7 +27,7 @@ def kv_controls(study: Study, asked: Asked) -> Asked:
     geometry = study.index.kv
     if geometry is None or not asked.context:
         return asked
-    metric = next((m for m in ("kv_fisher", "kv_flip") if m in study.kv), "")
+    metric = next((m for m in KV_DAMAGES if m in study.kv), "")
     options = [*_PRESETS, *([_METRIC] if metric else []), _LAYERS]
     chosen = st.selectbox("K and V of the cache", options, key="kv_preset", bind="query-params",
                           help="By the KV metric: the split of this memory, and the bits of each layer, with the least predicted damage.")  # fmt: skip

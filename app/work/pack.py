@@ -163,19 +163,25 @@ class Packer:
         blocks, one = self._blocks(unit, quantizer), quantizer.instance(unit.key, unit.fmt)
         if unit.fmt.per_tensor:
             one.largest = max((block.abs().amax() for block in blocks()), key=float)
-        out = pack_blocks(blocks(), unit.rows, unit.cols, unit.fmt, one)
+        try:
+            out = pack_blocks(blocks(), unit.rows, unit.cols, unit.fmt, one)
+        except UserError:
+            self._reader.get(self._units[unit.key])  # says which tensor, where the weights came unchecked
+            raise
         if one.loss is not None:
             losses[unit.key] = one.loss
         return out
 
     def _blocks(self, unit: PackedUnit, quantizer: UnitQuantizer) -> Callable[[], Iterable[Tensor]]:
         """Gives the unit's rows in blocks, as often as it is called."""
+        from bitatlas.kernels import cpu_rounding
         from bitatlas.kernels.packed.matrix import block_rows
 
         source = self._units[unit.key]
+        stored = self._quantizer.NAME == "rtn" and cpu_rounding.available(unit.fmt)
         if not self._quantizer.FOLDS and (unit.rows * unit.cols > WHOLE or not unit.transposed):
             # Never whole as float32, and still in the cache when it is rounded. Turned matrices are read in strips.
-            return lambda: self._reader.blocks(source, step=block_rows(unit.cols))
+            return lambda: self._reader.blocks(source, step=block_rows(unit.cols), stored=stored)
         whole = [quantizer.prepared(unit.key, self._reader.get(source))]
         return lambda: whole
 

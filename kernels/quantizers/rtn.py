@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bitatlas.kernels import cpu_rounding
 from bitatlas.kernels.formats import Format
 from bitatlas.kernels.quantizers.base import Quantizer
 from bitatlas.kernels.reference import Quantized, quantize
@@ -12,12 +13,13 @@ __all__ = ["Rtn"]
 
 
 class Rtn(Quantizer):
-    """`kernels.reference.quantize`."""
+    """`kernels.reference.quantize`, in C where there is a compiler."""
 
     NAME = "rtn"
     TITLE = "Round to nearest"
     SOURCE = "minimum-maximum grid per group"
 
     def __call__(self, weight: Tensor, fmt: Format) -> Quantized:
-        """Nearest codes."""
-        return quantize(weight, fmt, self.largest)
+        """Nearest codes; a matrix on the CPU may come as it is stored."""
+        found = cpu_rounding.rounded(weight, fmt)
+        return quantize(weight, fmt, self.largest) if found is None else found
