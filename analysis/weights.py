@@ -135,8 +135,8 @@ class WeightReader:
         step = step or max(BLOCK // other // ALIGN, 1) * ALIGN
         for start in range(0, along, step):
             part = start, min(start + step, along)
-            at = ((0, unit.rows), part) if columns else (part, None)
-            yield self.window(unit, *at, stored=stored)
+            rows, cols = ((0, unit.rows), part) if columns else (part, None)
+            yield self.window(unit, rows, cols, stored)
 
     def _box(
         self, info: TensorInfo, expert: int | None, box: tuple[int, int, int, int], stored: bool = False
