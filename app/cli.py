@@ -14,6 +14,7 @@ from bitatlas.app.cli_compare import compare
 from bitatlas.app.cli_io import emit, progress_printer
 from bitatlas.app.cli_options import (
     DEFAULT_FORMATS,
+    Damage,
     ExpertGrouping,
     ExpertTies,
     Formats,
@@ -103,7 +104,7 @@ def estimate(
 @guarded
 def solve(
     model: Model,
-    metric: Metric = "fisher",
+    metric: Damage = "",
     solver: Solver = "mckp",
     bits: Annotated[float | None, typer.Option(help="Effective bits per weight over the units.")] = None,
     bytes_: Annotated[
@@ -163,7 +164,7 @@ def solve(
 @app.command()
 @guarded
 def frontier(
-    model: Model, metric: Metric = "fisher", solver: Solver = "hull", formats: Formats = DEFAULT_FORMATS,
+    model: Model, metric: Damage = "", solver: Solver = "hull", formats: Formats = DEFAULT_FORMATS,
     pin: Pins = None, target: Target = None, points: int = 64, expert_groups: ExpertGrouping = "", group_limit: GroupLimits = None,
     rare_floor: RareFloor = "", rare_below: RareBelow = 1, expert_ties: ExpertTies = "free", json_output: Json = False,
 ) -> None:  # fmt: skip

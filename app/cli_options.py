@@ -9,6 +9,7 @@ import typer
 
 __all__ = [
     "DEFAULT_FORMATS",
+    "Damage",
     "ExpertGrouping",
     "ExpertTies",
     "Formats",
@@ -29,6 +30,13 @@ __all__ = [
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file, hub id, or `demo`.")]
 Formats = Annotated[str, typer.Option("--formats", help="Comma list; braces expand: int{2,3,4}-g64.")]
+Damage = Annotated[
+    str,
+    typer.Option(
+        "--metric",
+        help="A measured damage; by default fisher_scaled, or fisher where only that was measured.",
+    ),
+]
 Metric = Annotated[
     str,
     typer.Option(

@@ -1,6 +1,6 @@
 """Allocations solved under an engine's rules against that engine's own standard mixes, at the same or smaller bytes.
 
-python benchmarks/targets_smollm2.py models/smollm2 --text TEXT --calibration TEXT [--tokens N] [--refine]
+python benchmarks/targets_smollm2.py models/smollm2 --text TEXT --calibration TEXT [--tokens N] [--refine] [--path]
 
 llama.cpp: the types that its Q3_K_M and Q4_K_M rules give every tensor after the fallbacks of llama-quantize (576 columns
 are no whole blocks of 256, so most k-quants become q4_0, q5_0, q5_1, q8_0), each standing for the format with the nearest
@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=12288)
     parser.add_argument("--targets", default="llama.cpp,vllm")
     parser.add_argument("--refine", action="store_true", help="improve each allocation on the real model")
+    parser.add_argument("--path", action="store_true", help="path descent under the same rules, in bfloat16")
+    parser.add_argument("--bits", type=lambda s: [float(b) for b in s.split(",")], default=[3.5, 4.5])
     parser.add_argument("--out", default="benchmarks/results/targets_smollm2.jsonl")
     args = parser.parse_args()
     index = tasks.register(args.model)
@@ -83,7 +85,7 @@ def main() -> None:
         tasks.measure(args.model, "fisher", formats=formats, calibration=args.calibration,
                       tokens=args.calibration_tokens, wait=True)  # fmt: skip
         engine = get_target(target)
-        for nominal in (3.5, 4.5):
+        for nominal in args.bits:
             if target == "llama.cpp":
                 name = "Q3_K_M" if nominal < 4 else "Q4_K_M"
                 mix, size = ggml_mix(index, MIXES[name])
@@ -98,6 +100,13 @@ def main() -> None:
             plans = [standard, plan]
             if args.refine:
                 plans.append(tasks.refine(args.model, plan, calibration=args.calibration))
+            if args.path:
+                best = tasks.search(
+                    args.model, solver="path", metric="fisher", bytes_=size + engine.kept_bytes(index), formats=formats,
+                    target=target, calibration=args.calibration, precision="bfloat16",
+                )  # fmt: skip
+                assert isinstance(best, Allocation)
+                plans.append(best)
             results = tasks.verify(args.model, plans, text=args.text, tokens=args.tokens)["results"]
             for p, result in zip(plans, results, strict=True):
                 verdict = engine.check(replace(p, model_digest=index.digest), index)

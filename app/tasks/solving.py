@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitatlas.analysis.schema import (
+    SOLVE_WITH,
     Allocation,
     Budget,
     Frontier,
@@ -130,6 +131,7 @@ def _prepare(
         limits = limits_of(get_target(target), index, names)
         names = limits.formats
     pinned = resolve_pins(pins, index.unit_keys())
+    metric = metric or next((m for m in SOLVE_WITH[:2] if store.latest_run(index.digest, m, names)), "fisher")
     table = None
     # A rule that needs no damage is still told it where it is known, so that its prediction can be shown.
     if needs_damage or store.latest_run(index.digest, metric, names) is not None:
@@ -140,7 +142,7 @@ def _prepare(
 def solve(
     model: str | Path,
     *,
-    metric: str = "fisher",
+    metric: str = "",
     solver: str = "mckp",
     bits: float | None = None,
     bytes_: str | int | None = None,
@@ -164,6 +166,7 @@ def solve(
 ) -> Allocation:
     """The best allocation that a solver finds within a budget; stored, and written to ``output`` when named.
 
+    ``metric``: a measured damage; by default ``fisher_scaled``, or ``fisher`` where only that was measured.
     ``kv``: K and V of every layer get formats too, under the same ``fit`` budget; ``kv_bits`` gives all layers the same,
     ``kv_plan`` each its own (`app.kv_plan`).
     Further limits hold beside the bytes (`app.side_budgets`): ``latency_ms`` of one decoding step of ``batch`` sequences by the
@@ -192,6 +195,7 @@ def solve(
     )
     problem = build_problem(index, table, names, 0, pinned, limits, expert_ties(index, rules.ties))
     if rules:
+        metric = table.metric if table is not None else metric
         problem = under_rules(problem, index, expert_evidence(store, index, table), rules, metric, seed)
     if kv and fit is not None:
         problem = with_probes(problem, table, algorithm)
@@ -266,7 +270,7 @@ def _provenance(
 def frontier(
     model: str | Path,
     *,
-    metric: str = "fisher",
+    metric: str = "",
     solver: str = "hull",
     formats: str | tuple[str, ...] = "int{2,3,4,5,6,8}-g64",
     pins: list[str] | None = None,
@@ -284,6 +288,7 @@ def frontier(
     ceiling = int(sizes.max(axis=1).sum())
     problem = build_problem(index, table, names, ceiling, pinned, limits, expert_ties(index, rules.ties))
     if rules:
+        metric = table.metric if table is not None else metric
         problem = under_rules(problem, index, expert_evidence(store, index, table), rules, metric)
     problem = with_probes(problem, table, algorithm)
     front = sweep(problem, algorithm, points=points)

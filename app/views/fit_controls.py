@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
-from bitatlas.analysis.schema import FORMATS, Budget, ModelIndex, UserError, parse_format
+from bitatlas.analysis.schema import FORMATS, SOLVE_WITH, Budget, ModelIndex, UserError, parse_format
 from bitatlas.app.budgets import resolve_budget
 from bitatlas.app.kv_plan import decode_kv, kv_pairs
 
@@ -118,7 +118,7 @@ def _down(value: float, step: float) -> float:
 
 def preferred(metrics: Sequence[str]) -> int:
     """Index of the metric to start with: the most trustworthy one that was measured."""
-    for name in ("fisher", "fisher_projection", "kl_flip", "hawq_trace", "activation_error"):
+    for name in SOLVE_WITH:
         if name in metrics:
             return list(metrics).index(name)
     return 0

@@ -22,7 +22,7 @@ def study(home):
 
 
 def test_first_start_has_something_for_every_page(study, home):
-    assert {"kv_fisher", "kv_flip", "kv_error"} <= study.kv.keys()
+    assert {"kv_output", "kv_fisher", "kv_flip", "kv_error"} <= study.kv.keys()
     assert {"fisher", "kl_flip", "alphaq", "routing_count"} <= study.tables.keys()
     assert study.allocations
     assert study.verifications
