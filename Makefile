@@ -49,7 +49,7 @@ smollm2-moe: smollm2
 
 # Engines that read what we export, each in an environment of its own beside ours, so that torch is not replaced.
 clients: $(STAMP)
-	for c in mlx:'mlx[cpu]__mlx-lm' torchao:torchao autoround:auto-round gptqmodel:gptqmodel; do \
+	for c in mlx:'mlx[cpu]__mlx-lm' llamacpp:llama-cpp-python torchao:torchao autoround:auto-round gptqmodel:gptqmodel; do \
 	  d=.clients/$${c%%:*}; test -x $$d/bin/python || $(PYTHON) -m venv $$d; \
 	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($$d/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth; \
 	  $$d/bin/pip install -q -c constraints.txt $$(echo $${c#*:} | sed 's/__/ /'); \

@@ -17,41 +17,59 @@ from bitatlas.analysis.divergence import token_kl
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.schema import QuantUnit
 
-__all__ = ["format_scales", "uniform_kl"]
+__all__ = ["WholeModel", "format_scales"]
 
 _BATCH_TOKENS = 1024
 _ABOVE_NOISE = 100.0
 """Times the noise of the arithmetic that a measured KL has to be, to say anything about a prediction."""
 
 
-@torch.no_grad()
-def uniform_kl(
-    loaded: LoadedModel, tokens: np.ndarray, units: Sequence[QuantUnit], original: Callable[[QuantUnit], Tensor],
-    candidate: Callable[[QuantUnit], Tensor],
-) -> tuple[np.ndarray, float]:  # fmt: skip
-    """KL(original || all units as ``candidate``) of each sequence, nats per token, and the noise of the arithmetic.
-
-    Weights are exchanged one by one and read again at the end, so that there is never a second model in memory.
+class WholeModel:
+    """A model measured with all units in one format at a time; the original's logits are kept in between.
 
     Args:
-        tokens: (S, T) int64. original, candidate: (rows, cols) of a unit.
+        loaded: the model with its original weights; they are in place again after every call.
+        tokens: (S, T) int64. original: the (rows, cols) weight of a unit as the checkpoint has it.
+
+    Attributes:
+        noise: KL that the order of summation alone makes, nats per token.
     """
-    size = max(1, _BATCH_TOKENS // tokens.shape[1])
-    batches = [
-        torch.from_numpy(np.ascontiguousarray(tokens[i : i + size])) for i in range(0, len(tokens), size)
-    ]
-    before = [loaded.logits(ids) for ids in batches]
-    alone = batches[0][:1] if len(batches[0]) > 1 else batches[0].expand(2, -1)
-    noise = float(token_kl(before[0][:1], loaded.logits(alone)[:1]).mean())
-    try:
-        for unit in units:
-            handle = loaded.handle(unit.key)
-            handle.exchange(candidate(unit).to(handle.param))
-        each = [token_kl(b, loaded.logits(ids)).mean(1).numpy() for b, ids in zip(before, batches)]
-    finally:
-        for unit in units:
-            loaded.handle(unit.key).set(original(unit))
-    return np.concatenate(each), noise
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tokens: np.ndarray,
+        units: Sequence[QuantUnit],
+        original: Callable[[QuantUnit], Tensor],
+    ) -> None:
+        size = max(1, _BATCH_TOKENS // tokens.shape[1])
+        parts = [np.ascontiguousarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+        self._loaded, self._units, self._weight = loaded, tuple(units), original
+        self._batches = [torch.from_numpy(part) for part in parts]
+        self._logits = [loaded.logits(ids) for ids in self._batches]
+        first = self._batches[0]
+        alone = first[:1] if len(first) > 1 else first.expand(2, -1)
+        self.noise = float(token_kl(self._logits[0][:1], loaded.logits(alone)[:1]).mean())
+
+    @torch.no_grad()
+    def kl(self, candidate: Callable[[QuantUnit], Tensor]) -> np.ndarray:
+        """(S,) KL(original || all units as ``candidate`` says) of each sequence, nats per token.
+
+        Weights are exchanged one by one and read again at the end: there is never a second model in memory.
+        """
+        try:
+            for unit in self._units:
+                handle = self._loaded.handle(unit.key)
+                handle.exchange(candidate(unit).to(handle.param))
+            each = [
+                token_kl(before, self._loaded.logits(ids)).mean(1).numpy()
+                for before, ids in zip(self._logits, self._batches)
+            ]
+        finally:
+            for unit in self._units:
+                self._loaded.handle(unit.key).set(self._weight(unit))
+        return np.concatenate(each)
 
 
 def format_scales(predicted: np.ndarray, measured: np.ndarray, noise: np.ndarray) -> np.ndarray:

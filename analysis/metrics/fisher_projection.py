@@ -26,6 +26,7 @@ from bitatlas.analysis.metrics.probe_base import PROBE_SETTINGS, ProbeMetric, da
 from bitatlas.analysis.schema import DamageRow, Format, QuantUnit
 
 if TYPE_CHECKING:
+    from bitatlas.analysis.fisher.whole import WholeModel
     from bitatlas.analysis.measure import MeasureContext
 
 __all__ = ["FisherProjection"]
@@ -46,6 +47,10 @@ class FisherProjection(ProbeMetric):
     SETTINGS: ClassVar = {**PROBE_SETTINGS, "whole_tokens": 1024}
     """whole_tokens: calibration tokens on which the model is measured as a whole in each format; 0 = not at all."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._whole: tuple[MeasureContext, WholeModel] | None = None
+
     def plan(self, ctx: MeasureContext) -> list[str]:
         """Chunks of probes, then ``whole FORMAT`` for each format."""
         return super().plan(ctx) + [_WHOLE + f.name for f in self._measured(ctx)]
@@ -54,19 +59,23 @@ class FisherProjection(ProbeMetric):
         """A chunk of probes, or the KL (S,) of the model with all units in a format, and the noise (1,)."""
         if not key.startswith(_WHOLE):
             return super().step(ctx, key)
-        from bitatlas.analysis.fisher.whole import uniform_kl
+        from bitatlas.analysis.fisher.whole import WholeModel
 
         self._pass = None  # the errors of the last group make room
+        if self._whole is None or self._whole[0] is not ctx:
+            loaded, tokens = ctx.loaded_in(str(self.option(ctx, "dtype"))), ctx.calibration.tokens
+            whole = WholeModel(loaded, tokens[: self._sequences(ctx)], ctx.index.units, ctx.weight)
+            self._whole = ctx, whole
         fmt = next(f for f in ctx.formats if f.name == key.removeprefix(_WHOLE))
-        loaded = ctx.loaded_in(str(self.option(ctx, "dtype")))
-        tokens = ctx.calibration.tokens[: self._sequences(ctx)]
-        kl, noise = uniform_kl(loaded, tokens, ctx.index.units, ctx.weight, lambda u: ctx.candidate(u, fmt))
-        return StepResult(arrays={"uniform_kl": kl, "noise": np.array([noise])})
+        whole = self._whole[1]
+        return StepResult(
+            arrays={"uniform_kl": whole.kl(lambda u: ctx.candidate(u, fmt)), "noise": np.array([whole.noise])}
+        )
 
     def cost(self, ctx: MeasureContext) -> Cost:
-        """The probes, and two forward passes over a few sequences for each format."""
+        """The probes, and a forward pass over a few sequences for the original and for each format."""
         cost, formats = super().cost(ctx), len(self._measured(ctx))
-        tokens = 2 * formats * self._sequences(ctx) * ctx.calibration.tokens.shape[1] if formats else 0
+        tokens = (formats + 1) * self._sequences(ctx) * ctx.calibration.tokens.shape[1] if formats else 0
         return replace(cost, steps=len(self.plan(ctx)), forward_tokens=cost.forward_tokens + tokens)
 
     def _measured(self, ctx: MeasureContext) -> tuple[Format, ...]:

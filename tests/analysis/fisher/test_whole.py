@@ -8,7 +8,7 @@ import torch
 
 from bitatlas.analysis.calibration import CalibrationSet
 from bitatlas.analysis.divergence import token_kl
-from bitatlas.analysis.fisher.whole import format_scales, uniform_kl
+from bitatlas.analysis.fisher.whole import WholeModel, format_scales
 from bitatlas.analysis.measure import MeasureContext, run_metric
 from bitatlas.analysis.metrics.fisher_projection import FisherProjection
 from bitatlas.analysis.model_index import index_model
@@ -35,9 +35,8 @@ def test_measured_in_place_and_nothing_is_left_behind(tiny_checkpoint, context, 
     loaded, ids = ctx.loaded, torch.from_numpy(ctx.calibration.tokens[:3])
     before = {n: p.detach().clone() for n, p in loaded.model.named_parameters()}
     fmt = FORMATS["int2-g32"]
-    found, noise = uniform_kl(
-        loaded, ctx.calibration.tokens[:3], ctx.index.units, ctx.weight, lambda u: ctx.candidate(u, fmt)
-    )
+    whole = WholeModel(loaded, ctx.calibration.tokens[:3], ctx.index.units, ctx.weight)
+    found, noise = whole.kl(lambda u: ctx.candidate(u, fmt)), whole.noise
     after = dict(loaded.model.named_parameters())
     assert all(torch.equal(before[n], after[n]) for n in before)
     weights = {u.key: ctx.candidate(u, fmt) for u in ctx.index.units}
@@ -59,16 +58,15 @@ def test_the_model_comes_back_when_a_weight_cannot_be_quantised(context):
         return torch.zeros(unit.rows, unit.cols)
 
     with pytest.raises(RuntimeError, match="no such candidate"):
-        uniform_kl(ctx.loaded, ctx.calibration.tokens[:2], ctx.index.units, ctx.weight, broken)
+        WholeModel(ctx.loaded, ctx.calibration.tokens[:2], ctx.index.units, ctx.weight).kl(broken)
     assert all(torch.equal(before[n], p) for n, p in ctx.loaded.model.named_parameters())
 
 
 def test_factors_by_hand():
     predicted = np.array([[1.0, 0.5, 1e-9, 0.0], [3.0, np.nan, 1e-9, 0.0]])
     scale = format_scales(predicted, np.array([6.0, 0.4, 1e-8, 1.0]), np.full(4, 1e-9))
-    np.testing.assert_allclose(
-        scale, [1.5, 0.8, 1.0, 1.0]
-    )  # at the noise, and where nothing is predicted: left alone
+    # At the noise, and where nothing is predicted: left alone.
+    np.testing.assert_allclose(scale, [1.5, 0.8, 1.0, 1.0])
     np.testing.assert_allclose(format_scales(predicted, np.full(4, np.nan), np.zeros(4)), 1.0)
 
 
@@ -80,14 +78,9 @@ def test_a_whole_model_is_predicted_as_it_was_measured(context, tmp_path):
         SensitivityTable.from_rows([r for r in rows if r.metric == m], keys)
         for m in ("fisher_scaled", "fisher")
     )
+    whole = WholeModel(ctx.loaded, ctx.calibration.tokens, ctx.index.units, ctx.weight)
     for j, fmt in enumerate(ctx.formats):
-        kl, _ = uniform_kl(
-            ctx.loaded,
-            ctx.calibration.tokens,
-            ctx.index.units,
-            ctx.weight,
-            lambda u, f=fmt: ctx.candidate(u, f),
-        )
+        kl = whole.kl(lambda u, f=fmt: ctx.candidate(u, f))
         assert np.nansum(scaled.damage[:, j]) == pytest.approx(kl.mean(), rel=1e-3)
         known = np.isfinite(plain.damage[:, j])
         assert np.ptp(scaled.damage[known, j] / plain.damage[known, j]) < 1e-6  # one factor a format

@@ -69,6 +69,41 @@ def test_mlx_computes_our_logits(
     assert error <= 0.01 * (plain - want).abs().max()
 
 
+LLAMA_CPP = """
+import sys
+import numpy as np
+from llama_cpp import Llama
+file, ids, out = sys.argv[1:]
+rows = np.load(ids)
+model = Llama(model_path=file, n_ctx=64, n_batch=64, n_threads=1, logits_all=True, verbose=False)
+found = []
+for row in rows:
+    model.reset()
+    model.eval(row.tolist())
+    found.append(np.array(model.scores[: len(row)]))
+np.save(out, np.stack(found))
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3"])
+def test_llama_cpp_computes_our_logits(
+    family: str, tiny_checkpoint, allocate, tmp_path: Path, client: Callable[..., str]
+) -> None:
+    index = index_model(tiny_checkpoint(family, **wide(family)))
+    palette = ["int4-g32-sym", "int5-g32", "int8-g32-sym", "int4-g32", "bf16", "int5-g32-sym"]
+    formats = {u.key: palette[i % 6] for i, u in enumerate(index.units)}
+    target, plan = TARGETS["llama.cpp"], allocate(index, formats)
+    assert target.check(plan, index).status == SERVABLE
+    [file] = target.write_weights(plan, index, tmp_path)
+    ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "ids.npy", ids.numpy())
+    client("llamacpp", "llama_cpp", LLAMA_CPP, file, tmp_path / "ids.npy", tmp_path / "logits.npy")
+    plain, want = our_logits(index, formats, ids)
+    found = torch.from_numpy(np.load(tmp_path / "logits.npy"))
+    # It rounds the inputs of every product to 8 bits; what quantising the weights does is many times that.
+    assert (found - want).square().mean() <= 0.05 * (plain - want).square().mean()
+
+
 AUTO_ROUND = """
 import json, sys
 import torch
