@@ -33,7 +33,7 @@ from bitatlas.app import tasks
 from bitatlas.kernels.packed import load
 
 PACK = """
-import json, resource, sys, time
+import json, sys, time
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
@@ -64,8 +64,10 @@ calibration = make_calibration(load_tokenizer(Path(index.path)), text, int(token
 allocation = Allocation.from_json(Path(plan).read_text())
 start = time.process_time()
 result = pack.pack_model(index, allocation, out, quantizer=quantizer, calibration=calibration)
+# Not ru_maxrss: that begins with the size of the process which started this one.
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"pack_cpu_s": time.process_time() - start, "quantiser_cpu_s": own[0], "packed_bytes": result["bytes"],
-    "predicted_bytes": result["predicted_bytes"], "pack_peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    "predicted_bytes": result["predicted_bytes"], "pack_peak_rss": peak * 1024}))
 """
 
 

@@ -183,7 +183,7 @@ def scan(model: Path, home: Path) -> dict[str, Any]:
 
 
 PACK = """
-import json, resource, sys, time
+import json, sys, time
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
@@ -203,8 +203,10 @@ Rtn.__call__ = timed
 allocation = Allocation.from_json(Path(plan).read_text())
 start = time.process_time(), time.perf_counter()
 result = pack.pack_model(index_model(model), allocation, out)
+# Not ru_maxrss: that begins with the size of the process which started this one.
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"pack_cpu_s": time.process_time() - start[0], "pack_s": time.perf_counter() - start[1], "quantiser_cpu_s": own[0],
-    "pack_peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "packed_bytes": result["bytes"],
+    "pack_peak_rss": peak * 1024, "packed_bytes": result["bytes"],
     "predicted_bytes": result["predicted_bytes"]}))
 """
 

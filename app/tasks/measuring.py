@@ -197,6 +197,12 @@ def measure_params(
         "settings": dict(settings or {}),
         # The usual way of cutting stays unsaid, so that requests made before there was a choice keep their identity.
         **({"text_mode": text_mode} if needy and text_mode != "packed" else {}),
+        # A metric that computes something else than it did is another request; first versions stay unsaid for the same reason.
+        **(
+            {"versions": versions}
+            if (versions := {n: METRICS[n].VERSION for n in names if METRICS[n].VERSION > 1})
+            else {}
+        ),
     }
 
 
