@@ -17,7 +17,16 @@ def test_a_new_version_of_a_metric_is_another_request(
     model = tiny_checkpoint("llama")
 
     def asked() -> dict[str, object]:
-        return measure_params(model, "weight_error", formats="int4-g32")
+        return measure_params(
+            model,
+            "weight_error",
+            formats="int4-g32",
+            calibration=None,
+            tokens=64,
+            seq_len=16,
+            seed=0,
+            settings=None,
+        )
 
     before = asked()
     assert before == asked()
