@@ -120,7 +120,7 @@ def calibration_file(model_path: str, named: str | Path | None, kind: str = "cal
         UserError: the named file or data set is not there.
     """
     if named is None:
-        return demo_text(kind) if Path(model_path) == demo_path() else None
+        return demo_text(kind) if Path(model_path).resolve() == demo_path().resolve() else None
     if str(named) == _SELF and kind == "calibration" and not Path(named).exists():
         return Path(_SELF)
     if str(named).startswith(PREFIXES):
