@@ -102,6 +102,10 @@ def add_tokenizer(writer: Any, folder: Path, vocab: int) -> None:
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
+    if not model.get("merges"):
+        # llama.cpp does not load a BPE without merges. One whose result is no token changes nothing: it falls back to the parts.
+        known, single = set(tokens), [t for t, kind in zip(tokens, types) if kind == 1 and len(t) == 1]
+        writer.add_token_merges([next(f"{a} {b}" for a in single for b in single if a + b not in known)])
     gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab).add_to_gguf(writer, quiet=True)
 
 
