@@ -22,7 +22,13 @@ import numpy as np
 from bitatlas.analysis.fisher.matrix import ProbeMatrix
 from bitatlas.analysis.fisher.posterior import posterior, trace_form
 from bitatlas.analysis.metrics.base import Cost, Parts, StepResult
-from bitatlas.analysis.metrics.probe_base import PROBE_SETTINGS, ProbeMetric, damage_rows, ratio_stderr
+from bitatlas.analysis.metrics.probe_base import (
+    PROBE_SETTINGS,
+    ProbeMetric,
+    damage_rows,
+    ratio_stderr,
+    sequences_of,
+)
 from bitatlas.analysis.schema import DamageRow, Format, QuantUnit
 
 if TYPE_CHECKING:
@@ -75,7 +81,7 @@ class FisherProjection(ProbeMetric):
     def cost(self, ctx: MeasureContext) -> Cost:
         """The probes, and a forward pass over a few sequences for the original and for each format."""
         cost, formats = super().cost(ctx), len(self._measured(ctx))
-        tokens = (formats + 1) * self._sequences(ctx) * ctx.calibration.tokens.shape[1] if formats else 0
+        tokens = (formats + 1) * self._sequences(ctx) * sequences_of(ctx)[1] if formats else 0
         return replace(cost, steps=len(self.plan(ctx)), forward_tokens=cost.forward_tokens + tokens)
 
     def _measured(self, ctx: MeasureContext) -> tuple[Format, ...]:
@@ -87,7 +93,7 @@ class FisherProjection(ProbeMetric):
         )
 
     def _sequences(self, ctx: MeasureContext) -> int:
-        count, length = ctx.calibration.tokens.shape
+        count, length = sequences_of(ctx)
         return min(count, max(2, int(self.option(ctx, "whole_tokens")) // length))
 
     def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:

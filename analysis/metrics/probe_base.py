@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bitatlas.analysis.fisher.probes import ProbePass
     from bitatlas.analysis.measure import MeasureContext
 
-__all__ = ["PROBE_SETTINGS", "ProbeMetric", "damage_rows", "ratio_stderr"]
+__all__ = ["PROBE_SETTINGS", "ProbeMetric", "damage_rows", "ratio_stderr", "sequences_of"]
 
 _STEP_TOKENS = 512  # a few seconds of forward and backward passes on two cores
 
@@ -61,7 +61,7 @@ class ProbeMetric(Metric):
         if self.option(ctx, "score") not in self.SCORES:
             raise UserError("unknown score for the probes", found=str(self.option(ctx, "score")),
                             fix=" or ".join(self.SCORES))  # fmt: skip
-        sequences, length = _shape(ctx)
+        sequences, length = sequences_of(ctx)
         per_step = max(1, _STEP_TOKENS // length)
         chunks = [
             f"sequences {start}-{min(start + per_step, sequences) - 1}"
@@ -149,7 +149,7 @@ class ProbeMetric(Metric):
 
     def cost(self, ctx: MeasureContext) -> Cost:
         """One forward per sequence and group, one backward per draw down to the group, one rounding of every weight."""
-        sequences, length = _shape(ctx)
+        sequences, length = sequences_of(ctx)
         tokens, draws = sequences * length, int(self.option(ctx, "draws")) + self.CE
         formats, params, groups = len(ctx.formats), ctx.index.params, self._groups(ctx)
         layers = max(ctx.index.n_layers, 1)
@@ -218,7 +218,7 @@ def damage_rows(
     ]  # fmt: skip
 
 
-def _shape(ctx: MeasureContext) -> tuple[int, int]:
+def sequences_of(ctx: MeasureContext) -> tuple[int, int]:
     """(sequences, tokens of each): the calibration set's where it has been made, else what was asked for."""
     made = ctx.__dict__.get("calibration")
     return made.tokens.shape if made is not None else (-(-ctx.tokens // ctx.seq_len), ctx.seq_len)
