@@ -1,4 +1,4 @@
-"""Metrics, drawn: two of them unit by unit, and the matrix of all."""
+"""Metrics, drawn: two of them unit by unit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from bitatlas.app.theme import Palette, dress, fixed_margin
 from bitatlas.app.views.metric_agreement import BOTH, NEITHER, ONLY_X, ONLY_Y, MetricsView
 
-__all__ = ["agreement_matrix", "rank_scatter"]
+__all__ = ["rank_scatter"]
 
 _POINTS_UP_TO = 1000  # as single marks; more are drawn as their density
 _BINS = (120, 84)
@@ -63,23 +63,3 @@ def _edges(values: np.ndarray, log: bool, n: int) -> np.ndarray:
     edges = np.geomspace(low, high, n + 1) if log else np.linspace(low, high, n + 1)
     edges[0], edges[-1] = low, high  # rounding must not leave the outermost units out
     return edges
-
-
-def agreement_matrix(names: tuple[str, ...], rho: np.ndarray, p: Palette) -> go.Figure:
-    """Rank correlations as squares, blue to red; grey where nothing can be said."""
-    figure = go.Figure()
-    unknown = np.where(np.isfinite(rho), np.nan, 1.0).astype(np.float32)
-    figure.add_heatmap(z=unknown, x=names, y=names, colorscale=[[0, p.unknown], [1, p.unknown]], showscale=False, hoverinfo="skip")  # fmt: skip
-    scale = [(1 - at, colour) for at, colour in reversed(p.diverging)]
-    figure.add_heatmap(
-        z=rho.astype(np.float32), x=names, y=names, zmin=-1, zmax=1, colorscale=scale, xgap=1, ygap=1,
-        text=[[f"{v:.2f}" if np.isfinite(v) else "" for v in row] for row in rho] if len(names) <= 16 else None,
-        texttemplate="%{text}" if len(names) <= 16 else None, colorbar={"thickness": 12, "outlinewidth": 0},
-        hovertemplate="%{y} and %{x}<br>rank correlation %{z:.2f}<extra></extra>",
-    )  # fmt: skip
-    longest = 7 * max(map(len, names), default=0)  # pixels of the widest name
-    margin = fixed_margin(longest + 16, 70, 8, int(0.75 * longest) + 20)
-    figure.update_layout(height=max(300, 150 + 17 * len(names)), dragmode=False, margin=margin)
-    figure.update_xaxes(tickangle=-45, showgrid=False)
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    return dress(figure, p)

@@ -11,6 +11,7 @@ import streamlit as st
 from bitatlas.analysis.schema import FORMATS, NO_FORMAT
 from bitatlas.app import state
 from bitatlas.app.charts import metric_agreement as charts
+from bitatlas.app.charts.agreement_matrix import agreement_matrix
 from bitatlas.app.selection import Selection
 from bitatlas.app.studies import Study
 from bitatlas.app.views import metric_agreement as views
@@ -52,8 +53,8 @@ def page() -> None:
         _scatter(study, view, controls)
     with right:
         names, rho = get_matrix(study.index.digest, controls.format)
-        st.plotly_chart(charts.agreement_matrix(names, rho, current_palette()), key="agreement_matrix", theme=None,
-                        config={"displayModeBar": False}, alt="Rank correlation of every two metrics")  # fmt: skip
+        with st.container(key="agreement_matrix"):
+            st.html(agreement_matrix(names, rho, current_palette()))
     _trust(study, trust)
     _differ(study, view, controls)
 
