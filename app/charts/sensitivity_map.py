@@ -110,7 +110,7 @@ def _add_panel(
         names = np.full(p.z.shape, "", object)
         names[p.cell_y, p.cell_x] = [keys[u] for u in p.unit]
     add_ground(fig, p.state == UNKNOWN, np.zeros(p.z.shape, bool), palette, _where(p, named) + "<br>unknown: no token reached it",
-               customdata=data[:, :, :2], text=names, **on)  # fmt: skip
+               customdata=np.nan_to_num(data[:, :, :2], nan=-1).astype(np.int16), text=names, **on)  # fmt: skip
     # Noise is part of the known cells: it has a value to show.
     noise = np.where(p.state == BELOW_FLOOR, 0.0, np.nan).astype(np.float32)
     words = {"hovertemplate": _where(p, named) + "<br>" + _numbers(view) + "<extra></extra>", "customdata": data, "text": names,

@@ -25,7 +25,7 @@ from bitatlas.app.widgets.twin import cli_twin, command, downloads
 
 __all__ = ["page"]
 
-_ROWS = 500  # drawn at once; the downloads hold them all
+_ROWS = 200  # drawn at once; the downloads hold them all
 
 
 def page() -> None:
