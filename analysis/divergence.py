@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["KlReference", "token_kl", "token_nll", "top1_changed"]
+__all__ = ["KlReference", "batch_noise", "token_kl", "token_nll", "top1_changed"]
 
 
 def token_kl(reference: Tensor, other: Tensor, chunk: int = 64) -> Tensor:
@@ -33,6 +33,16 @@ def token_kl(reference: Tensor, other: Tensor, chunk: int = 64) -> Tensor:
         term = torch.where(p > 0, p * (torch.expm1(d) - d), lq.exp())
         out[start : start + chunk] = term.sum(-1, dtype=torch.float64).cpu()
     return out.reshape(reference.shape[:-1])
+
+
+def batch_noise(logits: Callable[[Tensor], Tensor], ids: Tensor, batched: Tensor) -> float:
+    """Mean KL of the first sequence in its batch against the same sequence in another batch layout, nats per token.
+
+    Args:
+        logits: the model, (B, T) ids -> (B, T, V). ids: the batch. batched: its logits.
+    """
+    alone = ids[:1] if len(ids) > 1 else ids.expand(2, -1)
+    return float(token_kl(batched[:1], logits(alone)[:1]).mean())
 
 
 class KlReference:

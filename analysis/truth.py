@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.analysis.divergence import KlReference, token_kl
+from bitatlas.analysis.divergence import KlReference, batch_noise
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import Format
@@ -55,8 +55,7 @@ class AllocationTruth:
     def noise(self) -> float:
         """KL of the original against itself, the same sequence in another batch layout; nats per token."""
         ids = self._batches[0]
-        alone = ids[:1] if len(ids) > 1 else ids.expand(2, -1)
-        return float(token_kl(self._loaded.logits(ids)[:1], self._loaded.logits(alone)[:1]).mean())
+        return batch_noise(self._loaded.logits, ids, self._loaded.logits(ids))
 
     @torch.no_grad()
     def kl(self, choice: np.ndarray) -> np.ndarray:

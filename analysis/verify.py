@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.analysis.divergence import token_kl, token_nll, top1_changed
+from bitatlas.analysis.divergence import batch_noise, token_kl, token_nll, top1_changed
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.quantising import UnitQuantizer
 from bitatlas.analysis.schema import KvLayout, KvPair, ModelIndex, UserError, parse_format
@@ -150,7 +150,7 @@ class Verifier:
         for i, ids in enumerate(batches):
             original = self._loaded.logits(ids)
             if i == 0:
-                noise = self._noise(ids, original)
+                noise = batch_noise(self._loaded.logits, ids, original)
             kl.append([])
             changed.append([])
             nll.append([token_nll(original, ids).float().numpy()])
@@ -218,11 +218,6 @@ class Verifier:
         from bitatlas.analysis.kv.readers import PlanReader
 
         return self._loaded.cached(PlanReader(*self._kv[label]))
-
-    def _noise(self, ids: Tensor, batched: Tensor) -> float:
-        """Mean KL of the first sequence in its batch against the same sequence in another batch layout."""
-        alone = ids[:1] if len(ids) > 1 else ids.expand(2, -1)
-        return float(token_kl(batched[:1], self._loaded.logits(alone)[:1]).mean())
 
     def _weights(self, label: str, formats: Mapping[str, str]) -> dict[str, Tensor]:
         """Quantised weights of an allocation, by the quantiser that packing uses."""

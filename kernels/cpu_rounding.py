@@ -48,10 +48,8 @@ def rounded(weight: Tensor, fmt: Format, lib: ctypes.CDLL | None = None) -> Quan
         weight = weight.contiguous()
     rows, cols = weight.shape
     group = fmt.group_size or cols
-    codes, scales = (
-        torch.empty(rows, cols, dtype=torch.uint8),
-        torch.empty(rows, -(-cols // group), dtype=torch.float16),
-    )
+    codes = torch.empty(rows, cols, dtype=torch.uint8)
+    scales = torch.empty(rows, -(-cols // group), dtype=torch.float16)
     zeros = None if fmt.symmetric else torch.empty(scales.shape, dtype=torch.uint8)
     scratch = torch.empty(cols)
     step = weight.stride(0) if rows > 1 else cols  # a single row may have any stride

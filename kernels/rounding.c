@@ -24,9 +24,10 @@ static void widen(const void *in, int type, int64_t n, float *out)
 {
     if (type == BFLOAT16) {
         const uint16_t *x = in;
-        uint32_t *bits = (uint32_t *)out;
-        for (int64_t i = 0; i < n; i++)
-            bits[i] = (uint32_t)x[i] << 16;
+        for (int64_t i = 0; i < n; i++) {
+            const uint32_t bits = (uint32_t)x[i] << 16;
+            memcpy(out + i, &bits, 4);
+        }
     } else {
         const _Float16 *x = in;
         for (int64_t i = 0; i < n; i++)
@@ -36,10 +37,11 @@ static void widen(const void *in, int type, int64_t n, float *out)
 
 static int odd(const float *w, int64_t n)
 {
-    const uint32_t *bits = (const uint32_t *)w;
-    uint32_t found = 0;
-    for (int64_t i = 0; i < n; i++)
-        found |= (bits[i] & 0x7F800000u) == 0x7F800000u;
+    uint32_t found = 0, bits;
+    for (int64_t i = 0; i < n; i++) {
+        memcpy(&bits, w + i, 4);
+        found |= (bits & 0x7F800000u) == 0x7F800000u;
+    }
     return found != 0;
 }
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.analysis.divergence import token_kl
+from bitatlas.analysis.divergence import batch_noise, token_kl
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.schema import QuantUnit
 
@@ -48,9 +48,7 @@ class WholeModel:
         self._loaded, self._units, self._weight = loaded, tuple(units), original
         self._batches = [torch.from_numpy(part) for part in parts]
         self._logits = [loaded.logits(ids) for ids in self._batches]
-        first = self._batches[0]
-        alone = first[:1] if len(first) > 1 else first.expand(2, -1)
-        self.noise = float(token_kl(self._logits[0][:1], loaded.logits(alone)[:1]).mean())
+        self.noise = batch_noise(loaded.logits, self._batches[0], self._logits[0])
 
     @torch.no_grad()
     def kl(self, candidate: Callable[[QuantUnit], Tensor]) -> np.ndarray:

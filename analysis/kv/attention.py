@@ -66,8 +66,12 @@ class Replayed:
             found = self._first.reread(k, torch.cat(list(values), -1)).unflatten(-1, (len(values), -1))
             return found - self.output.unsqueeze(-2)
         # The module makes its keys from what it caches, so it has to run; its window is read in 16 bits both times.
-        before = self.with_packed(self.k, self.v)[0]
-        return torch.stack([self.with_packed(k, v)[0] - before for v in values], -2)
+        return torch.stack([self.with_packed(k, v)[0] - self._unchanged for v in values], -2)
+
+    @cached_property
+    def _unchanged(self) -> Tensor:
+        """Output with the window read in 16 bits and nothing else changed."""
+        return self.with_packed(self.k, self.v)[0]
 
     def with_packed(self, k: Tensor, v: Tensor, *, weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """Output, and weights when asked for, with these K and V in the packed part of the cache."""

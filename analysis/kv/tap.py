@@ -160,8 +160,11 @@ def _attention(
     base = base or sys.modules[type(module).__module__].eager_attention_forward
     n = query.shape[2]
     single = _causal(query) if attention_mask is None else attention_mask[..., :n]
-    packed = packed_seen(reader.layout, n, query.device)
-    mask = doubled(single, packed) if key.shape[2] == 2 * n else single
+
+    def twice() -> Tensor:
+        return doubled(single, packed_seen(reader.layout, n, query.device))
+
+    mask = twice() if key.shape[2] == 2 * n else single
     output, scores = base(module, query, key, value, mask, **kwargs)
 
     def weights() -> Tensor:
@@ -174,7 +177,7 @@ def _attention(
     def reread(k: Tensor, v: Tensor) -> Tensor:
         plain = value[:, :, -n:].repeat(1, 1, 1, v.shape[-1] // value.shape[-1])
         keys, values = torch.cat([k, key[:, :, -n:]], 2), torch.cat([v, plain], 2)
-        return base(module, query, keys, values, doubled(single, packed), **kwargs)[0]
+        return base(module, query, keys, values, twice(), **kwargs)[0]
 
     heads = (key.shape[1], key.shape[3], value.shape[3])
     layer = int(getattr(module, "layer_idx", -1))

@@ -1,7 +1,7 @@
 """Fisher projection: one backward pass per probe prices every unit in every format, interactions included.
 
 KL(p || p') of a weight change d is 1/2 d^T F d + O(d^3) per sequence, F = E[G G^T] with G from `analysis.fisher.probes`.
-Three values come from the same pass:
+Three values come from the same pass, a fourth from a few forward passes more:
 
 - ``fisher_projection``: 1/(2T) mean <G, Q(W) - W>^2, unbiased, stderr over sequences;
 - ``fisher_trace``: 1/2 (mean ||G||^2 / (T n)) ||Q(W) - W||^2, the isotropic form (HAWQ-V2's with the Fisher);
@@ -65,18 +65,21 @@ class FisherProjection(ProbeMetric):
         """A chunk of probes, or the KL (S,) of the model with all units in a format, and the noise (1,)."""
         if not key.startswith(_WHOLE):
             return super().step(ctx, key)
-        from bitatlas.analysis.fisher.whole import WholeModel
-
         self._pass = None  # the errors of the last group make room
-        if self._whole is None or self._whole[0] is not ctx:
-            loaded, tokens = ctx.loaded_in(str(self.option(ctx, "dtype"))), ctx.calibration.tokens
-            whole = WholeModel(loaded, tokens[: self._sequences(ctx)], ctx.index.units, ctx.weight)
-            self._whole = ctx, whole
         fmt = next(f for f in ctx.formats if f.name == key.removeprefix(_WHOLE))
-        whole = self._whole[1]
+        whole = self._whole_model(ctx)
         return StepResult(
             arrays={"uniform_kl": whole.kl(lambda u: ctx.candidate(u, fmt)), "noise": np.array([whole.noise])}
         )
+
+    def _whole_model(self, ctx: MeasureContext) -> WholeModel:
+        if self._whole is None or self._whole[0] is not ctx:
+            from bitatlas.analysis.fisher.whole import WholeModel
+
+            loaded, tokens = ctx.loaded_in(str(self.option(ctx, "dtype"))), ctx.calibration.tokens
+            whole = WholeModel(loaded, tokens[: self._sequences(ctx)], ctx.index.units, ctx.weight)
+            self._whole = ctx, whole
+        return self._whole[1]
 
     def cost(self, ctx: MeasureContext) -> Cost:
         """The probes, and a forward pass over a few sequences for the original and for each format."""

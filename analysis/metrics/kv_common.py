@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
 from bitatlas.analysis.metrics.base import Metric
-from bitatlas.analysis.schema import UserError, kv_unit
+from bitatlas.analysis.schema import DamageRow, UserError, kv_unit
 from bitatlas.kernels.kv.formats import KvFormat, KvLayout, KvPair, parse_kv_format
 
 if TYPE_CHECKING:
+    from bitatlas.analysis.kv.attention import AttentionReplay
     from bitatlas.analysis.measure import MeasureContext
 
 __all__ = ["KvMetric"]
@@ -30,6 +33,8 @@ class KvMetric(Metric):
         kv_keys, kv_values: formats of K and of V, comma lists; every pair is measured.
         kv_block, kv_residual: rules of the 16-bit window (`KvLayout`).
     """
+
+    _replay: tuple[MeasureContext, AttentionReplay] | None = None
 
     SUBJECT = "kv"
     PER_FORMAT = False
@@ -93,6 +98,37 @@ class KvMetric(Metric):
         """Number of sequences."""
         made = ctx.__dict__.get("calibration")
         return int(made.tokens.shape[0]) if made is not None else -(-ctx.tokens // ctx.seq_len)
+
+    def replay(self, ctx: MeasureContext) -> AttentionReplay:
+        """Runs the model and hands out its attention layers; made once for a context."""
+        if self._replay is None or self._replay[0] is not ctx:
+            from bitatlas.analysis.kv.attention import AttentionReplay
+
+            self._replay = ctx, AttentionReplay(ctx.loaded, self.layout(ctx))
+        return self._replay[1]
+
+    def probe_rows(
+        self, ctx: MeasureContext, sequence: np.ndarray, k: np.ndarray, v: np.ndarray, pairs: np.ndarray
+    ) -> list[DamageRow]:
+        """Rows of K, V and pairs of every layer: half the mean of squared projections per token, stderr over sequences.
+
+        Args:
+            sequence: (P,) of each probe. k, v, pairs: (P, L, FK), (P, L, FV), (P, L, FK, FV) squared projections.
+        """
+        keys, values = self.formats(ctx)
+        length, tokens = self.length(ctx), self.length(ctx) * self.sequences(ctx)
+        rows = []
+        for i, layer in enumerate(self.layers(ctx)):
+            found = [(kv_unit(layer, "k"), f.name, k[:, i, j]) for j, f in enumerate(keys)]
+            found += [(kv_unit(layer, "v"), f.name, v[:, i, j]) for j, f in enumerate(values)]
+            found += [(kv_unit(layer), f"{a.name}/{b.name}", pairs[:, i, m, n])
+                      for m, a in enumerate(keys) for n, b in enumerate(values)]  # fmt: skip
+            for unit, fmt, square in found:
+                each = np.bincount(sequence, square) / np.bincount(sequence) / (2 * length)  # by sequence
+                n = len(each)
+                error = float(each.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+                rows.append(DamageRow(self.NAME, unit, fmt, float(each.mean()), error, tokens))
+        return rows
 
     def plan(self, ctx: MeasureContext) -> list[str]:
         """Chunks of sequences, ``sequences 0-3``; what cannot be measured is said before the first step."""

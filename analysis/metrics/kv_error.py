@@ -18,7 +18,7 @@ from bitatlas.analysis.schema import DamageRow, kv_unit
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitatlas.analysis.kv.attention import AttentionReplay, Replayed
+    from bitatlas.analysis.kv.attention import Replayed
     from bitatlas.analysis.measure import MeasureContext
 
 __all__ = ["KvError"]
@@ -48,27 +48,20 @@ class KvError(KvMetric):
     VERSION = 1
     SETTINGS: ClassVar = KvMetric.KV_SETTINGS
 
-    def __init__(self) -> None:
-        self._replay: tuple[MeasureContext, AttentionReplay] | None = None
-
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
         """Errors of a chunk: out and out_pre (S, L, FK, FV), weights and weights_pre, k and k_pre (S, L, FK), v (S, L, FV)."""
         import torch
 
         first, last = (int(n) for n in key.split()[1].split("-"))
-        layers, (keys, values), layout = self.layers(ctx), self.formats(ctx), self.layout(ctx)
+        layers, (keys, values) = self.layers(ctx), self.formats(ctx)
         shape = (last - first + 1, len(layers), len(keys))
         arrays = {n: np.full(shape, np.nan) for n in ("weights", "weights_pre", "k", "k_pre")}
         arrays |= {n: np.full((*shape, len(values)), np.nan) for n in ("out", "out_pre")}
         arrays["v"] = np.full((*shape[:2], len(values)), np.nan)
         position = {layer: i for i, layer in enumerate(layers)}
-        if self._replay is None or self._replay[0] is not ctx:
-            from bitatlas.analysis.kv.attention import AttentionReplay
-
-            self._replay = ctx, AttentionReplay(ctx.loaded, layout)
         for s in range(first, last + 1):
             ids = torch.from_numpy(ctx.calibration.tokens[s])[None]
-            for attention in self._replay[1].run(ids):
+            for attention in self.replay(ctx).run(ids):
                 if attention.layer in position:
                     at = s - first, position[attention.layer]
                     for name, found in self._errors(ctx, attention).items():

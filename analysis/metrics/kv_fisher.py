@@ -15,7 +15,7 @@ import numpy as np
 
 from bitatlas.analysis.metrics.base import Cost, Parts, StepResult
 from bitatlas.analysis.metrics.kv_common import KvMetric
-from bitatlas.analysis.schema import DamageRow, kv_unit
+from bitatlas.analysis.schema import DamageRow
 
 if TYPE_CHECKING:
     from bitatlas.analysis.measure import MeasureContext
@@ -81,20 +81,7 @@ class KvFisher(KvMetric):
         steps = [parts[key] for key in self.plan(ctx)]
         k, v = (np.concatenate([p[name] for p in steps]).astype(np.float64) for name in ("k", "v"))
         sequence = np.concatenate([p["sequence"] for p in steps])
-        keys, values = self.formats(ctx)
-        length, tokens = self.length(ctx), self.length(ctx) * self.sequences(ctx)
-        rows = []
-        for i, layer in enumerate(self.layers(ctx)):
-            found = [(kv_unit(layer, "k"), f.name, k[:, i, j]) for j, f in enumerate(keys)]
-            found += [(kv_unit(layer, "v"), f.name, v[:, i, j]) for j, f in enumerate(values)]
-            found += [(kv_unit(layer), f"{a.name}/{b.name}", k[:, i, m] + v[:, i, n])
-                      for m, a in enumerate(keys) for n, b in enumerate(values)]  # fmt: skip
-            for unit, fmt, dots in found:
-                each = np.bincount(sequence, dots**2) / np.bincount(sequence) / (2 * length)  # by sequence
-                n = len(each)
-                error = float(each.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
-                rows.append(DamageRow(self.NAME, unit, fmt, float(each.mean()), error, tokens))
-        return rows
+        return self.probe_rows(ctx, sequence, k**2, v**2, (k[..., None] + v[:, :, None]) ** 2)
 
     def cost(self, ctx: MeasureContext) -> Cost:
         """One forward per sequence, one backward per draw."""

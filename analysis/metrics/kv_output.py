@@ -19,12 +19,12 @@ import numpy as np
 
 from bitatlas.analysis.metrics.base import Cost, Parts, StepResult
 from bitatlas.analysis.metrics.kv_common import KvMetric
-from bitatlas.analysis.schema import DamageRow, kv_unit
+from bitatlas.analysis.schema import DamageRow
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitatlas.analysis.kv.attention import AttentionReplay, Replayed
+    from bitatlas.analysis.kv.attention import Replayed
     from bitatlas.analysis.measure import MeasureContext
 
 __all__ = ["KvOutput"]
@@ -42,9 +42,6 @@ class KvOutput(KvMetric):
     EMITS = ("kv_output",)
     VERSION = 1
     SETTINGS: ClassVar = {**KvMetric.KV_SETTINGS, "draws": 2, "score": "signs"}
-
-    def __init__(self) -> None:
-        self._replay: tuple[MeasureContext, AttentionReplay] | None = None
 
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
         """Projections of a chunk of sequences: dots and squares (P, L, FK + 1, FV + 1), the last of each axis the 16-bit one."""
@@ -71,19 +68,12 @@ class KvOutput(KvMetric):
                 for layer, found in gradients.items():
                     found.append(reader.gradient(layer)[0].clone())
             del logits
-            for attention in self._replayed(ctx).run(ids):
+            for attention in self.replay(ctx).run(ids):
                 if attention.layer in gradients:
                     at = np.flatnonzero(sequence == s), layers.index(attention.layer)
                     each = self._projected(ctx, attention, torch.stack(gradients[attention.layer]))
                     dots[at], squares[at] = each.sum(1), np.square(each).sum(1)
         return StepResult(arrays={"dots": dots, "squares": squares, "sequence": sequence})
-
-    def _replayed(self, ctx: MeasureContext) -> AttentionReplay:
-        if self._replay is None or self._replay[0] is not ctx:
-            from bitatlas.analysis.kv.attention import AttentionReplay
-
-            self._replay = ctx, AttentionReplay(ctx.loaded, self.layout(ctx))
-        return self._replay[1]
 
     def _projected(self, ctx: MeasureContext, attention: Replayed, gradients: Tensor) -> np.ndarray:
         """<G, O' - O> of each position, (P, T, FK + 1, FV + 1); gradients are (P, T, heads, D)."""
@@ -106,28 +96,16 @@ class KvOutput(KvMetric):
         dots, squares, sequence = (
             np.concatenate([p[n] for p in steps]) for n in ("dots", "squares", "sequence")
         )
-        keys, values = self.formats(ctx)
         squares *= _shared_share(dots, squares)
-        length, tokens = self.length(ctx), self.length(ctx) * self.sequences(ctx)
-        rows = []
-        for i, layer in enumerate(self.layers(ctx)):
-            found = [(kv_unit(layer, "k"), f.name, squares[:, i, j, -1]) for j, f in enumerate(keys)]
-            found += [(kv_unit(layer, "v"), f.name, squares[:, i, -1, j]) for j, f in enumerate(values)]
-            found += [(kv_unit(layer), f"{a.name}/{b.name}", squares[:, i, m, n])
-                      for m, a in enumerate(keys) for n, b in enumerate(values)]  # fmt: skip
-            for unit, fmt, square in found:
-                each = np.bincount(sequence, square) / np.bincount(sequence) / (2 * length)  # by sequence
-                n = len(each)
-                error = float(each.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
-                rows.append(DamageRow(self.NAME, unit, fmt, float(each.mean()), error, tokens))
-        return rows
+        return self.probe_rows(
+            ctx, sequence, squares[:, :, :-1, -1], squares[:, :, -1, :-1], squares[:, :, :-1, :-1]
+        )
 
     def cost(self, ctx: MeasureContext) -> Cost:
         """One forward and the attention again for every format of K, one backward per draw."""
         tokens = self.length(ctx) * self.sequences(ctx)
-        share = 0.1 * (
-            len(self.formats(ctx)[0]) + 1
-        )  # attention over doubled keys against its whole block, about
+        # An attention over doubled keys against its whole block, about.
+        share = 0.1 * (len(self.formats(ctx)[0]) + 1)
         return Cost(
             len(self.plan(ctx)),
             2 * ctx.index.params,

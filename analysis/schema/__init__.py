@@ -29,10 +29,10 @@ from bitatlas.kernels.kv.formats import (
 )
 
 __all__ = [
-    "KV_DAMAGES",
     "ALLOCATION_SCHEMA",
     "FORMATS",
     "KV16",
+    "KV_DAMAGES",
     "KV_FORMATS",
     "NO_FORMAT",
     "SOLVE_WITH",

@@ -184,6 +184,7 @@ def measure_params(
         from bitatlas.kernels.quantizers import get_quantizer
 
         get_quantizer(str((settings or {})["quantizer"]))
+    versions = {n: METRICS[n].VERSION for n in names if METRICS[n].VERSION > 1}
     return {
         "model": index.path,
         "digest": index.digest,
@@ -198,11 +199,7 @@ def measure_params(
         # The usual way of cutting stays unsaid, so that requests made before there was a choice keep their identity.
         **({"text_mode": text_mode} if needy and text_mode != "packed" else {}),
         # A metric that computes something else than it did is another request; first versions stay unsaid for the same reason.
-        **(
-            {"versions": versions}
-            if (versions := {n: METRICS[n].VERSION for n in names if METRICS[n].VERSION > 1})
-            else {}
-        ),
+        **({"versions": versions} if versions else {}),
     }
 
 

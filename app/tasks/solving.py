@@ -119,7 +119,7 @@ def _prepare(
     pins: list[str],
     target: str | None,
     needs_damage: bool,
-) -> tuple[Store, ModelIndex, SensitivityTable | None, tuple[str, ...], dict[str, str], Limits | None]:
+) -> tuple[Store, ModelIndex, str, SensitivityTable | None, tuple[str, ...], dict[str, str], Limits | None]:
     index = register(model)
     store = Store(Home.default())
     names = tuple(f.name for f in expand_formats(formats))
@@ -136,7 +136,7 @@ def _prepare(
     # A rule that needs no damage is still told it where it is known, so that its prediction can be shown.
     if needs_damage or store.latest_run(index.digest, metric, names) is not None:
         table = find_table(store, index, metric, names)
-    return store, index, table, names, pinned, limits
+    return store, index, metric, table, names, pinned, limits
 
 
 def solve(
@@ -190,12 +190,11 @@ def solve(
     if solver == "mckp" and (asked or rules.limits):
         solver = "ilp" if asked else "hull"
     algorithm = get_solver(solver)
-    store, index, table, names, pinned, limits = _prepare(
+    store, index, metric, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
     )
     problem = build_problem(index, table, names, 0, pinned, limits, expert_ties(index, rules.ties))
     if rules:
-        metric = table.metric if table is not None else metric
         problem = under_rules(problem, index, expert_evidence(store, index, table), rules, metric, seed)
     if kv and fit is not None:
         problem = with_probes(problem, table, algorithm)
@@ -280,7 +279,7 @@ def frontier(
 ) -> Frontier:
     """The best predicted damage at every size, cheapest first, under the rules for experts; stored."""
     algorithm, rules = get_solver(solver), experts or ExpertRules()
-    store, index, table, names, pinned, limits = _prepare(
+    store, index, metric, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
     )
     fmts = [parse_format(f) for f in names]
@@ -288,7 +287,6 @@ def frontier(
     ceiling = int(sizes.max(axis=1).sum())
     problem = build_problem(index, table, names, ceiling, pinned, limits, expert_ties(index, rules.ties))
     if rules:
-        metric = table.metric if table is not None else metric
         problem = under_rules(problem, index, expert_evidence(store, index, table), rules, metric)
     problem = with_probes(problem, table, algorithm)
     front = sweep(problem, algorithm, points=points)

@@ -174,11 +174,10 @@ class Packer:
 
     def _blocks(self, unit: PackedUnit, quantizer: UnitQuantizer) -> Callable[[], Iterable[Tensor]]:
         """Gives the unit's rows in blocks, as often as it is called."""
-        from bitatlas.kernels import cpu_rounding
         from bitatlas.kernels.packed.matrix import block_rows
 
         source = self._units[unit.key]
-        stored = self._quantizer.NAME == "rtn" and cpu_rounding.available(unit.fmt)
+        stored = self._quantizer.takes_stored(unit.fmt)
         if not self._quantizer.FOLDS and (unit.rows * unit.cols > WHOLE or not unit.transposed):
             # Never whole as float32, and still in the cache when it is rounded. Turned matrices are read in strips.
             return lambda: self._reader.blocks(source, step=block_rows(unit.cols), stored=stored)

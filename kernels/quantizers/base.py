@@ -55,6 +55,11 @@ class Quantizer(ABC):
             None  # the layer's output error per token so far, where the quantiser knows it
         )
 
+    @classmethod
+    def takes_stored(cls, fmt: Format) -> bool:
+        """Whether 16-bit weights may come as they are stored, unchecked: it sees every one, and refuses NaN and Inf."""
+        return False
+
     @property
     def importance(self) -> Tensor | None:
         """(cols,) mean square of each input, None where nothing is known."""

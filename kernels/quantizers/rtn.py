@@ -19,6 +19,11 @@ class Rtn(Quantizer):
     TITLE = "Round to nearest"
     SOURCE = "minimum-maximum grid per group"
 
+    @classmethod
+    def takes_stored(cls, fmt: Format) -> bool:
+        """Where it rounds in C."""
+        return cpu_rounding.available(fmt)
+
     def __call__(self, weight: Tensor, fmt: Format) -> Quantized:
         """Nearest codes; a matrix on the CPU may come as it is stored."""
         found = cpu_rounding.rounded(weight, fmt)
