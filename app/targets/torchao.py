@@ -1,8 +1,8 @@
-"""torchao: an ``FqnToConfig`` of weight-only integer configs, one per module.
+"""torchao: an ``FqnToConfig`` of weight-only configs, one per module.
 
 IntxWeightOnlyConfig knows 1 to 8 bits, per group or per row, symmetric or asymmetric, but keeps every code in a byte: it
-shows what a mix does to the model, it saves memory only at 8 bits. What was tried with torchao 0.18 on a CPU: it rejects
-the 3-D parameters that experts are in transformers 5.
+shows what a mix does to the model, it saves memory only at 8 bits. Float8WeightOnlyConfig has a scale per row or one, in
+float32. What was tried with torchao 0.18 on a CPU: it rejects the 3-D parameters that experts are in transformers 5.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class TorchAo(Target):
     SERVES = "transformers with torchao"
 
     def loads(self, fmt: Format) -> bool:
-        """Every integer width."""
-        return fmt.kind in ("int", "float")
+        """Every integer width, and FP8."""
+        return fmt.kind in ("int", "float") or fmt.codebook == "fp8"
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """nn.Linear only, whole groups, no experts."""
@@ -51,9 +51,11 @@ class TorchAo(Target):
         return None
 
     def unit_bytes(self, unit: QuantUnit, fmt: Format) -> int:
-        """A byte for every code, a 16-bit scale and an 8-bit zero point per group; else 16 bits."""
+        """A byte for every code, a 16-bit scale and an 8-bit zero point per group, FP8 a 32-bit scale; else 16 bits."""
         if fmt.kind == "float":
             return unit.params * 2
+        if fmt.codebook == "fp8":
+            return unit.params + 4 * fmt.scale_rows(unit.rows)
         return unit.params + 3 * unit.rows * fmt.groups(unit.cols)
 
     def notes(self, allocation: Allocation, index: ModelIndex) -> Iterable[str]:
@@ -63,16 +65,12 @@ class TorchAo(Target):
         yield "torchao rounds in its own way: symmetric codes are scaled to the negative end of the range"
 
     def table(self, allocation: Allocation, index: ModelIndex) -> dict[str, dict[str, Any] | None]:
-        """Module -> keywords of IntxWeightOnlyConfig, None for those left alone."""
+        """Module -> its weights' type, and what shares a scale; None for those left alone."""
         out: dict[str, dict[str, Any] | None] = {}
         for u in index.units:
             if not is_linear(u) or u.expert >= 0:
                 continue
-            fmt = FORMATS[allocation.formats[u.key]]
-            mapping = "SYMMETRIC" if fmt.symmetric else "ASYMMETRIC"
-            out[u.key] = None if fmt.kind == "float" else {
-                "weight_dtype": f"int{fmt.bits}", "group_size": fmt.group_size, "mapping_type": mapping,
-            }  # fmt: skip
+            out[u.key] = _entry(FORMATS[allocation.formats[u.key]])
         return out
 
     def render(self, allocation: Allocation, index: ModelIndex) -> dict[str, str]:
@@ -89,23 +87,39 @@ class TorchAo(Target):
         return f"python quantize.py {shlex.quote(index.path)} {shlex.quote(index.name + '-torchao')}"
 
 
+def _entry(fmt: Format) -> dict[str, Any] | None:
+    if fmt.kind == "float":
+        return None
+    if fmt.codebook == "fp8":
+        return {"weight_dtype": "float8_e4m3fn", "scales": "tensor" if fmt.per_tensor else "row"}
+    mapping = "SYMMETRIC" if fmt.symmetric else "ASYMMETRIC"
+    return {"weight_dtype": f"int{fmt.bits}", "group_size": fmt.group_size, "mapping_type": mapping}
+
+
 _SCRIPT = '''"""Quantise with torchao: python quantize.py MODEL OUT"""
 import json
 import sys
 from collections import OrderedDict
 
 import torch
-from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, MappingType, PerAxis, PerGroup
+from torchao.quantization import (
+    Float8WeightOnlyConfig, FqnToConfig, IntxWeightOnlyConfig, MappingType, PerAxis, PerGroup, PerRow, PerTensor,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+
+
+def weights_as(weight_dtype, group_size=None, mapping_type=None, scales=None):
+    dtype = getattr(torch, weight_dtype)
+    if scales:
+        return Float8WeightOnlyConfig(dtype, granularity=PerRow() if scales == "row" else PerTensor())
+    return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=PerGroup(group_size) if group_size else PerAxis(0),
+                                mapping_type=MappingType[mapping_type])
 
 
 def fqn_to_config(path):
     with open(path) as f:
         table = json.load(f)
-    return FqnToConfig(OrderedDict((name, entry and IntxWeightOnlyConfig(
-        weight_dtype=getattr(torch, entry["weight_dtype"]),
-        granularity=PerGroup(entry["group_size"]) if entry["group_size"] else PerAxis(0),
-        mapping_type=MappingType[entry["mapping_type"]])) for name, entry in table.items()))
+    return FqnToConfig(OrderedDict((name, entry and weights_as(**entry)) for name, entry in table.items()))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from bitatlas.analysis.model_index import index_model
+from bitatlas.analysis.schema import FORMATS
 from bitatlas.app.targets import REJECTED, SERVABLE, TARGETS, WRONG
 
 VLLM, CT = TARGETS["vllm"], TARGETS["compressed-tensors"]
@@ -239,3 +240,22 @@ def test_bitatlas_serves_anything(make_index, allocate) -> None:
     plan = allocate(index, formats)
     assert target.check(plan, index).status == SERVABLE
     assert json.loads(target.render(plan, index)["allocation.json"])["formats"] == formats
+
+
+def test_torchao_golden(make_index, allocate) -> None:
+    target, index = TARGETS["torchao"], make_index(layers=1)
+    roles = {"q": "int4-g32-sym", "k": "int8-channel", "gate": "fp8-channel", "up": "fp8-tensor"}
+    plan = allocate(index, mixed(index, "bf16", **roles))
+    assert target.check(plan, index).status == SERVABLE, target.check(plan, index).reasons
+    table = json.loads(target.render(plan, index)["fqn_to_config.json"])
+    layer = "model.layers.0."
+    assert {k.removeprefix(layer): v for k, v in table.items() if v} == {
+        "self_attn.q_proj": {"weight_dtype": "int4", "group_size": 32, "mapping_type": "SYMMETRIC"},
+        "self_attn.k_proj": {"weight_dtype": "int8", "group_size": None, "mapping_type": "ASYMMETRIC"},
+        "mlp.gate_proj": {"weight_dtype": "float8_e4m3fn", "scales": "row"},
+        "mlp.up_proj": {"weight_dtype": "float8_e4m3fn", "scales": "tensor"},
+    }
+    gate = next(u for u in index.units if u.role == "gate")
+    assert target.unit_bytes(gate, FORMATS["fp8-channel"]) == gate.params + 4 * gate.rows
+    assert target.unit_bytes(gate, FORMATS["fp8-tensor"]) == gate.params + 4
+    assert target.check(allocate(index, mixed(index, "nf4-g64")), index).status == REJECTED

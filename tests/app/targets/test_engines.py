@@ -221,9 +221,10 @@ def test_torchao_quantises_what_we_name_as_we_name_it(
 ) -> None:
     folder = tiny_checkpoint("llama", **wide("llama"))
     index = index_model(folder)
-    formats = dense_mix(index)
+    eight = {"gate": "fp8-channel", "up": "fp8-tensor"}
+    formats = dense_mix(index) | {u.key: eight[u.role] for u in index.units if u.role in eight}
     target, plan = TARGETS["torchao"], allocate(index, formats)
-    assert target.check(plan, index).status == SERVABLE
+    assert target.check(plan, index).status == SERVABLE, target.check(plan, index).findings
     for name, text in target.render(plan, index).items():
         (tmp_path / name).write_text(text)
     np.save(tmp_path / "ids.npy", np.arange(1, 19).reshape(2, 9))
@@ -238,4 +239,9 @@ def test_torchao_quantises_what_we_name_as_we_name_it(
             assert torch.equal(theirs, weight)
             continue
         error, want = theirs - weight, quantize_dequantize(weight, fmt) - weight
+        if fmt.codebook:
+            # Their scales are float32, ours float16: where a weight lies between two codes they may part, nowhere else.
+            assert 0.98 < error.norm() / want.norm() < 1.02, u.key
+            assert ((error - want).abs() <= weight.abs() / 8 + 1e-6).all(), u.key
+            continue
         assert 0.6 < error.norm() / want.norm() < 1.5, u.key  # another width or group would be off by two
