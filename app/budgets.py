@@ -63,7 +63,7 @@ def resolve_budget(
     if bytes_ is not None:
         count = parse_bytes(bytes_)
         return Budget(count, label=f"{format_bytes(count)} of weights")
-    total, spare = parse_bytes(fit or 0), parse_bytes(reserve)
+    total, spare = parse_bytes(fit or 0), 0 if str(reserve).strip() == "0" else parse_bytes(reserve)
     cached = 0
     if context:
         if index.kv is None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bitatlas.app.cli_io import emit, progress_printer
-from bitatlas.app.cli_options import DEFAULT_FORMATS, Formats, Json, Model, Pins, Target, Wait
+from bitatlas.app.cli_options import DEFAULT_FORMATS, Damage, Formats, Json, Model, Pins, Target, Wait
 from bitatlas.app.problems import guarded
 
 __all__ = ["refine", "search"]
@@ -42,9 +42,15 @@ def refine(
 def search(
     model: Model,
     solver: Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists the searches.")] = "evopress",
-    metric: Annotated[str | None, typer.Option("--metric", help="A measured one, where the search needs damages.")] = None,
+    metric: Damage = "",
     bits: Annotated[float | None, typer.Option(help="Effective bits per weight over the units.")] = None,
     bytes_: Annotated[str | None, typer.Option("--bytes", help="All weights, kept tensors included.")] = None,
+    fit: Annotated[str | None, typer.Option(help="Memory for weights + KV cache + reserve: 8GiB.")] = None,
+    context: Annotated[int, typer.Option(help="With --fit: context length in tokens.")] = 0,
+    batch: Annotated[int, typer.Option(help="With --fit: sequences at once.")] = 1,
+    kv_bits: Annotated[float, typer.Option(help="With --fit: K and V of every layer at 16, 8, 4 or 2 bits.")] = 16,
+    kv_plan: Annotated[str, typer.Option(help="With --fit: bits of K/V by layer: 8/4, or 0-5=8/8;6-29=8/4.")] = "",
+    reserve: Annotated[str, typer.Option(help="With --fit: activations and workspace.")] = "256MiB",
     formats: Formats = DEFAULT_FORMATS,
     pin: Pins = None,
     target: Target = None,
@@ -65,7 +71,8 @@ def search(
     from bitatlas.app import tasks
 
     result = tasks.search(
-        model, solver=solver, metric=metric, bits=bits, bytes_=bytes_, formats=formats, pins=pin or [], target=target,
+        model, solver=solver, metric=metric, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
+        kv_bits=kv_bits, kv_plan=kv_plan, reserve=reserve, formats=formats, pins=pin or [], target=target,
         calibration=calibration, tokens=tokens, seq_len=seq_len, steps=generations, start=start or [], policy=policy,
         settings=tasks.parse_settings(set_ or []), seed=seed, precision=precision, output=output, wait=wait, on_progress=progress_printer(json_output),
     )  # fmt: skip

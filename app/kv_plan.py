@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from bitatlas.analysis.schema import KvPair, ModelIndex, UserError, parse_pair
+from bitatlas.app.budgets import uniform_kv
 from bitatlas.app.selection import Selection
 
-__all__ = ["KV_BITS", "KvBits", "decode_kv", "encode_kv", "kv_pairs", "pair_bits"]
+__all__ = ["KV_BITS", "KvBits", "cache_pairs", "decode_kv", "encode_kv", "kv_pairs", "pair_bits"]
 
 KV_BITS = (16, 8, 4, 2)
 KvBits = Mapping[int, tuple[int, int]]
@@ -70,3 +71,14 @@ def kv_pairs(index: ModelIndex, text: str) -> dict[int, KvPair]:
             names = ["kv16" if b == 16 else f"kv{b}-{axis}" for b, axis in zip(bits, ("channel", "token"))]
             out[layer] = parse_pair("/".join(names))
     return out
+
+
+def cache_pairs(index: ModelIndex, kv_bits: float, kv_plan: str) -> dict[int, KvPair]:
+    """Formats of K and V by layer: ``kv_plan``'s, or ``kv_bits`` everywhere; nothing at 16 bits.
+
+    Raises:
+        UserError: both are given, or a width that the cache does not have.
+    """
+    if kv_plan and kv_bits != 16:
+        raise UserError("K and V have bits twice", found=f"--kv-bits {kv_bits:g} and --kv-plan {kv_plan}", fix="leave one of them out")  # fmt: skip
+    return kv_pairs(index, kv_plan) if kv_plan else uniform_kv(index, kv_bits, kv_bits)

@@ -117,6 +117,9 @@ def get_solver(name: str) -> Solver:
         UserError: no such solver; the message names the nearest ones.
     """
     found = SOLVERS.get(name.strip().lower())
+    if found is None and name.strip().lower() in SEARCHERS:
+        raise UserError(f"{name} runs the model itself, which solving does not", found="a search",
+                        fix=f"bitatlas search --solver {name.strip().lower()}, with the same budget, formats, pins and target")  # fmt: skip
     if found is None:
         near = difflib.get_close_matches(name.lower(), SOLVERS, n=3, cutoff=0.4)
         raise UserError(f"there is no solver called {name!r}", found=f"nearest: {', '.join(near) or 'none'}",

@@ -54,7 +54,7 @@ def submit_refine(
     half = max(tokens // 2, 1)
     budget = plan.budget or Budget(plan.weights_bytes)
     return submit_search(
-        index.path, solver="refine", metric=settings.get("metric", plan.metric), run=str(run), budget=replace(budget),
+        index.path, solver="refine", metric=settings.get("metric", plan.metric), run=str(run), budget=replace(budget), kv=plan.kv,
         formats=tuple(formats), pins=plan.pins, target=settings.get("target") or None, calibration=calibration, tokens=tokens, seq_len=seq_len, steps=rounds, seed=seed,
         settings={"tokens": half, "judge_tokens": half, "few_tokens": max(half // 4, 1)}, start=[plan], label=f"{plan.solver}+refine",
     )  # fmt: skip

@@ -9,10 +9,11 @@ from typing import Any
 
 from bitatlas.analysis.schema import Allocation, Budget, ModelIndex, UserError, expand_formats, resolve_pins
 from bitatlas.app.budgets import resolve_budget
+from bitatlas.app.kv_plan import cache_pairs
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait, the_jobs
 from bitatlas.app.tasks.measuring import calibration_file, file_digest
 from bitatlas.app.tasks.models import register
-from bitatlas.app.tasks.solving import build_problem, find_table, read_allocation
+from bitatlas.app.tasks.solving import build_problem, default_metric, find_table, read_allocation
 from bitatlas.cache.keys import digest
 from bitatlas.cache.paths import Home, atomic_write
 from bitatlas.cache.store import Store
@@ -33,6 +34,13 @@ def submit_search(
     budget: Budget | None = None,
     bits: float | None = None,
     bytes_: str | int | None = None,
+    fit: str | int | None = None,
+    context: int = 0,
+    batch: int = 1,
+    kv_bits: float = 16,
+    kv_plan: str = "",
+    kv: Mapping[int, tuple[str, str]] | None = None,
+    reserve: str | int = "256MiB",
     formats: str | tuple[str, ...] = "int{2,3,4,5,6,8}-g64",
     pins: list[str] | Mapping[str, str] | None = None,
     target: str | None = None,
@@ -51,7 +59,9 @@ def submit_search(
     """Start (or join) a search; returns the job's id. The same question is the same job.
 
     Args:
-        metric: a measured one, for searches that need damages; None = none.
+        metric: a measured one, for searches that need damages; by default the one that `solve` would take.
+        budget: as it is, with the cache formats ``kv`` of each layer; or one of bits, bytes_ and fit, the last with the cache
+            at ``kv_bits`` or by ``kv_plan`` (`app.kv_plan`), as in `solve`.
         tokens: the pool of calibration text; minibatches are drawn from it.
         steps: generations (rounds, steps, ...) after the first; None = the search's own default.
         settings: further settings of the search (``bitatlas solvers`` lists them).
@@ -72,10 +82,8 @@ def submit_search(
         from bitatlas.app.targets.limits import limits_of
 
         names = limits_of(get_target(target), index, names).formats
-    if metric is None and kind.NEEDS_DAMAGE:
-        raise UserError(
-            f"{kind.NAME} needs a measured damage", found="no metric", fix="name one with --metric"
-        )
+    if not metric and kind.NEEDS_DAMAGE:
+        metric = default_metric(store, index, names)
     if metric:
         run = run or find_table(store, index, metric, names).run
         store.run(run)
@@ -91,7 +99,10 @@ def submit_search(
         raise UserError("no such precision", found=precision, fix=f"one of {', '.join(PRECISIONS)}")
     chosen = dict(settings or {}) | ({} if steps is None else {"steps": steps})
     checked = kind.checked(chosen)
-    budget = budget or resolve_budget(index, bits=bits, bytes_=bytes_)
+    if budget is None:
+        pairs = cache_pairs(index, kv_bits, kv_plan)
+        budget = resolve_budget(index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch, reserve=reserve, kv=pairs)  # fmt: skip
+        kv = {i: (p.k.name, p.v.name) for i, p in pairs.items()}
     pinned = dict(pins) if isinstance(pins, Mapping) else resolve_pins(pins or [], index.unit_keys())
     starts = []
     for item in start:
@@ -108,7 +119,7 @@ def submit_search(
         "formats": list(names), "pins": pinned, "target": target or "", "budget": asdict(budget),
         "limit_bytes": budget.weights_bytes - index.kept_bytes, "calibration": str(text), "calibration_sha": file_digest(text),
         "tokens": tokens, "seq_len": seq_len, "seed": seed, "start": starts, "label": label or kind.NAME,
-        "precision": precision,
+        "precision": precision, "kv": {str(i): list(pair) for i, pair in (kv or {}).items()},
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in checked.items()},
         "policy": str(Path(policy).resolve()) if policy else "", "policy_sha": file_digest(Path(policy)) if policy else "",
     }  # fmt: skip

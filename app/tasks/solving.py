@@ -24,10 +24,10 @@ from bitatlas.analysis.schema import (
     parse_format,
     resolve_pins,
 )
-from bitatlas.app.budgets import resolve_budget, uniform_kv
+from bitatlas.app.budgets import resolve_budget
 from bitatlas.app.expert_groups import EVIDENCE
 from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
-from bitatlas.app.kv_plan import kv_pairs
+from bitatlas.app.kv_plan import cache_pairs
 from bitatlas.app.side_budgets import SideLimits
 from bitatlas.app.side_budgets import active_bytes as bytes_read
 from bitatlas.app.sizes import parse_bytes
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from bitatlas.app.targets.limits import Limits
 
 __all__ = [
-    "build_problem", "describe_allocation", "describe_frontier", "find_table", "frontier", "in_own_bytes", "read_allocation",
+    "build_problem", "default_metric", "describe_allocation", "describe_frontier", "find_table", "frontier", "in_own_bytes", "read_allocation",
     "solve",
 ]  # fmt: skip
 
@@ -68,6 +68,11 @@ def find_table(store: Store, index: ModelIndex, metric: str, formats: tuple[str,
             fix=f"bitatlas measure {index.path} --metric {metric} --formats {','.join(formats)} --wait",
         )
     return store.table(run, metric, index.unit_keys()).select(formats)
+
+
+def default_metric(store: Store, index: ModelIndex, formats: tuple[str, ...]) -> str:
+    """What is solved with where no damage is named: ``fisher_scaled``, or ``fisher`` where only that was measured."""
+    return next((m for m in SOLVE_WITH[:2] if store.latest_run(index.digest, m, formats)), "fisher")
 
 
 def build_problem(
@@ -131,7 +136,7 @@ def _prepare(
         limits = limits_of(get_target(target), index, names)
         names = limits.formats
     pinned = resolve_pins(pins, index.unit_keys())
-    metric = metric or next((m for m in SOLVE_WITH[:2] if store.latest_run(index.digest, m, names)), "fisher")
+    metric = metric or default_metric(store, index, names)
     table = None
     # A rule that needs no damage is still told it where it is known, so that its prediction can be shown.
     if needs_damage or store.latest_run(index.digest, metric, names) is not None:
@@ -176,8 +181,6 @@ def solve(
     Raises:
         UserError: not measured, impossible budget (names the smallest possible one), a pin that matches nothing.
     """
-    if kv_plan and kv_bits != 16:
-        raise UserError("K and V have bits twice", found=f"--kv-bits {kv_bits:g} and --kv-plan {kv_plan}", fix="leave one of them out")  # fmt: skip
     if kv and (fit is None or kv_bits != 16 or kv_plan):
         raise UserError("weights and KV cache share a budget of memory", found="--kv-bits or --kv-plan as well" if fit else "no --fit",
                         fix="--fit 8GiB --context 8192 --kv, without these")  # fmt: skip
@@ -205,7 +208,7 @@ def solve(
             provenance=_provenance(index, table, names, solver, limits, seed, kv_run=cache.run, **(rules.settings() if rules else {})),
         )  # fmt: skip
     else:
-        same = kv_pairs(index, kv_plan) if kv_plan else uniform_kv(index, kv_bits, kv_bits)
+        same = cache_pairs(index, kv_bits, kv_plan)
         budget = resolve_budget(index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
                                 reserve=reserve, kv=same)  # fmt: skip
         side = SideLimits(latency_ms, bops, active_bytes, batch) if asked else None

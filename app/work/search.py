@@ -152,6 +152,7 @@ class SearchWork(Work):
             bits_per_weight=proof.payload_bytes * 8 / self.index.params, predicted=kl, metric=p["metric"] or "kl",
             solver=p["label"], status="feasible", budget=Budget(**p["budget"]), pins=dict(self.problem.pins),
             provenance=Provenance(model_digest=self.index.digest, model_name=self.index.name, seed=p["seed"], settings=settings),
+            kv={int(i): (k, v) for i, (k, v) in p.get("kv", {}).items()},
         )  # fmt: skip
         found = in_own_bytes(found, self.index)
         key = store.put_allocation(found)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bitatlas.analysis.schema import DamageRow, UserError
+from bitatlas.analysis.schema import DamageRow, KvLayout, UserError
+from bitatlas.app.kv_plan import kv_pairs
 from bitatlas.app.tasks import searching
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.refining import submit_refine
@@ -149,6 +150,29 @@ def test_refining_starts_from_the_plan_and_uses_its_budget(case: dict[str, Any])
     assert case["kept"][-1]["run"] == p["run"]
 
 
+def test_a_search_fits_weights_and_cache_into_a_memory(case: dict[str, Any]):
+    plan = solve(case["model"], metric="weight_error", bits=4.0, formats=FORMATS)
+    memory = {"context": 64, "batch": 2, "reserve": 0, "bits": None}
+    wide = params(case, fit=10 * plan.weights_bytes, **memory)
+    narrow = params(case, fit=10 * plan.weights_bytes, kv_plan="8/4", **memory)
+    kv, layout = case["index"].kv, KvLayout()
+    pairs = kv_pairs(case["index"], "8/4")
+    assert narrow["limit_bytes"] - wide["limit_bytes"] == kv.plan_bytes({}, 64, 2, layout) - kv.plan_bytes(pairs, 64, 2, layout) > 0  # fmt: skip
+    assert wide["kv"] == {}
+    found = finished(SearchWork(params(case, solver="random_search", steps=0, fit=3 * plan.weights_bytes, kv_plan="8/4", settings={"samples": 2, "tokens": 48, "final_tokens": 48}, **memory), Home.default()))  # fmt: skip
+    pair = ("kv8-channel", "kv4-token")
+    assert Store(Home.default()).allocation(found["allocation"]).kv == dict.fromkeys(kv.layers, pair)
+    with pytest.raises(UserError, match="bits twice"):
+        params(case, fit=10**9, kv_bits=8, kv_plan="8/4", **memory)
+
+
+def test_refining_keeps_the_cache_of_the_plan(case: dict[str, Any]):
+    plan = solve(case["model"], metric="weight_error", fit="1GiB", context=64, kv_plan="4/2", formats=FORMATS)
+    submit_refine(case["model"], plan, calibration=case["text"], tokens=192, seq_len=24, rounds=0)
+    result = finished(SearchWork(json.loads(json.dumps(case["kept"][-1])), Home.default()))
+    assert Store(Home.default()).allocation(result["allocation"]).kv == plan.kv != {}
+
+
 def test_a_policy_is_a_file_that_another_search_applies_unchanged(case: dict[str, Any]):
     small = {"episodes": 2, "tokens": 24, "judge_tokens": 48, "updates": 2, "hidden": 8}
     trained = finished(SearchWork(params(case, solver="ramp", steps=1, settings=small), Home.default()))
@@ -165,7 +189,7 @@ def test_a_policy_is_a_file_that_another_search_applies_unchanged(case: dict[str
     ("options", "words"),
     [
         ({"solver": "mckp"}, "no search called"),
-        ({"solver": "refine"}, "needs a measured damage"),
+        ({"solver": "refine"}, "fisher has not been measured"),
         ({"metric": "fisher"}, "not been measured"),
         ({"bits": 1.0}, "smallest"),
         ({"settings": {"groups": "colour"}}, "schedule"),

@@ -32,6 +32,8 @@ def test_near_names():
     assert get_solver(" MCKP ").NAME == "mckp"
     with pytest.raises(UserError, match="nearest: hull"):
         get_solver("hul")
+    with pytest.raises(UserError, match="bitatlas search --solver path"):
+        get_solver("path")
 
 
 def test_a_second_budget_needs_a_solver_that_knows_it():
