@@ -6,7 +6,7 @@ A seed draws the calibration sequences of the metrics, the labels of the Fisher 
 text is the same for all and chooses nothing. ``tokens`` are forward-equivalents (a backward pass counts two forward passes, prefix
 reuse is not credited): of the metric that the allocation came from, plus the search's own. One JSON line per allocator, budget and
 seed is appended to benchmarks/results/allocators.jsonl as soon as it is verified; lines that are there are not measured again.
-EvoPress and the other long searches stand in benchmarks/search_smollm2.py, with their curves.
+The searches get as many tokens as path descent takes; to the end of EvoPress's curve goes benchmarks/search_smollm2.py.
 """
 
 from __future__ import annotations
@@ -77,6 +77,22 @@ DENSE = (
     Entry("fisher_projection", "fisher", "path walk"),
     Entry("fisher_projection", "fisher", "path"),
 )
+# Searches on the real model, stopped at the first step after which they have spent --search-tokens; schedules that run over all
+# of a search's steps are scaled to end there.
+SEARCHES: dict[str, dict[str, Any]] = {
+    "random_search": {"steps": 10**6},
+    "evopress": {"steps": 10**6, "offspring": 16, "survivors": (4, 1), "tokens": (512, 2048), "initial": 16, "groups": "none"},
+    "nsga2_search": {"steps": 10**6, "tokens": 1024},
+    "rco": {"steps": 50, "tokens": 512, "judge_every": 25},
+    "refine": {"steps": 10**6, "tokens": 2048},
+}  # fmt: skip
+SEARCHED = (
+    Entry("", "", "random_search"),
+    Entry("", "", "evopress"),
+    Entry("", "", "nsga2_search"),
+    Entry("fisher_projection", "fisher_scaled", "rco"),
+    Entry("fisher_projection", "fisher_scaled", "refine"),
+)
 EXPERTS = (
     Entry("fisher_projection", "fisher", "mckp", True),
     Entry("expert_error", "expert_error", "pmq"),
@@ -104,7 +120,7 @@ def main() -> None:
     known = finished(Path(args.out), about)
     entries = [
         e
-        for e in (*DENSE, *(EXPERTS if index.n_experts else ()))
+        for e in (*DENSE, *SEARCHED, *(EXPERTS if index.n_experts else ()))
         if not args.only or {e.solver, e.label} & set(args.only)
     ]
     for seed in args.seeds:
@@ -114,7 +130,7 @@ def main() -> None:
                 e for e in entries
                 if (e.label, bits, seed) not in known and (seed == args.seeds[0] or {e.solver, e.label} & set(args.seeded))
             ]  # fmt: skip
-            made = list(allocations(todo, tables, engine, bits, seed))
+            made = list(allocations(todo, tables, engine, bits, seed, args.search_tokens))
             for record, kl in verified(made, loaded, index, held_out.tokens, [f.name for f in formats], args):
                 append(Path(args.out), about | record | kl | {"bits_asked": bits, "seed": seed})
 
@@ -155,7 +171,7 @@ class Tables:
 
 
 def allocations(
-    entries: list[Entry], tables: Tables, engine: Evaluator, bits: float, seed: int
+    entries: list[Entry], tables: Tables, engine: Evaluator, bits: float, seed: int, search_tokens: float
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """What each entry proposes at a budget: facts and choice (U,). What does not apply is told and left out."""
     index, limit = tables.index, int(bits * tables.index.params / 8)
@@ -172,6 +188,10 @@ def allocations(
                 before = engine.spent.forward_equivalents
                 choice = searched(problem, engine, seed, e.solver == "path walk")
                 paid += int(engine.spent.forward_equivalents - before)
+            elif e.solver in SEARCHES:
+                before = engine.spent.forward_equivalents
+                choice = limited(e.solver, problem, engine, seed, search_tokens - paid)
+                paid += int(engine.spent.forward_equivalents - before)
             else:
                 solver = get_solver(e.solver)
                 if solver.USES_INTERACTION:
@@ -187,6 +207,19 @@ def allocations(
             "payload_bytes": problem.payload(choice), "limit_bytes": limit, "predicted": problem.objective(choice) if table is not None else None,
         }  # fmt: skip
         yield facts, choice
+
+
+def limited(name: str, problem: Problem, engine: Evaluator, seed: int, tokens: float) -> np.ndarray:
+    """What a search has found when it has spent ``tokens``, or at its own end."""
+    kind, before = get_searcher(name), engine.spent.forward_equivalents
+    start = get_solver("mckp").solve(problem).choice[None] if kind.NEEDS_DAMAGE else None
+    search = kind(problem, engine, seed=seed, settings=SEARCHES[name], start=start)
+    state = search.begin()
+    for number in range(1, search.steps + 1):
+        if bool(state["done"]) or engine.spent.forward_equivalents - before >= tokens:
+            break
+        state = search.step(state, number)
+    return np.asarray(state["choice"])
 
 
 def searched(problem: Problem, engine: Evaluator, seed: int, walk: bool) -> np.ndarray:
@@ -262,6 +295,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument(
         "--pool", type=int, default=65536, help="tokens that the searches' minibatches are drawn from"
+    )
+    parser.add_argument(
+        "--search-tokens",
+        type=float,
+        default=350_000,
+        help="forward-equivalents of a search, its metric's included",
     )
     parser.add_argument("--tokens", type=int, default=16384, help="held-out tokens")
     parser.add_argument("--verify-seq-len", type=int, default=256)
