@@ -31,6 +31,9 @@ from bitatlas.app import tasks
 from bitatlas.app.tasks.measuring import calibration_file
 from bitatlas.solvers import Problem, get_searcher, get_solver
 
+LEARNER = "value decomposition"
+"""What trains the policy; rows without this field are of the first learner, whose critics saw one return for all units."""
+
 RIVALS = {
     "random_search": {"steps": 10**6},
     "evopress": {"steps": 10**6, "offspring": 16, "survivors": (4, 1), "tokens": (512, 2048), "initial": 16, "groups": "none"},
@@ -91,7 +94,7 @@ def main() -> None:
             scores = bench.judge.scores(np.array([choice for _, choice in made]), args.tokens, 0)
             for (facts, choice), kl, error in zip(made, scores.mean.tolist(), scores.stderr.tolist()):
                 record = {
-                    "source": source.index.name, "model": bench.index.name, "bits": bits, **facts, "payload_bytes": bench.problem(bits).payload(choice),
+                    "learner": LEARNER, "source": source.index.name, "model": bench.index.name, "bits": bits, **facts, "payload_bytes": bench.problem(bits).payload(choice),
                     "kl": kl, "kl_stderr": error, "training_tokens": paid[bits], "seed": args.seed, "held_out_tokens": args.tokens,
                     "held_out": bench.held_out.digest[:16], "formats": args.formats, "dtype": "bfloat16" if args.bf16 else "float32",
                     "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": platform.machine(), "torch": torch.__version__,
@@ -147,7 +150,7 @@ def proposals(
             "cpu_s": round(time.process_time() - start, 2),
         }
         yield facts, choice
-    for name, settings in RIVALS.items():
+    for name, settings in ((n, RIVALS[n]) for n in args.rivals):
         before, start = bench.spent, time.process_time()
         search = get_searcher(name)(problem, bench.engine, seed=args.seed, settings=settings)
         state, number = search.begin(), 0
@@ -176,10 +179,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--formats", default="int{2,3,4,5,6,8}-g64")
     parser.add_argument("--bits", type=lambda s: [float(b) for b in s.split(",")], default=[3.5])
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(
-        "--round-tokens", type=int, default=1024, help="tokens that a round scores its episodes on"
+        "--round-tokens", type=int, default=512, help="tokens that a round scores its episodes on"
     )
+    parser.add_argument("--rivals", type=lambda s: [r for r in s.split(",") if r], default=[*RIVALS],
+                        help="searches to compare with, comma list, may be empty")  # fmt: skip
     parser.add_argument("--pool", type=int, default=32768)
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens")
     parser.add_argument("--seq-len", type=int, default=128)

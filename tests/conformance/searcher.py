@@ -10,7 +10,7 @@ import pytest
 from bitatlas.analysis.schema import Scores, Spent, TieGroup, UserError
 from bitatlas.solvers import Problem, Searcher, certify
 
-__all__ = ["Pretended", "SearcherConformance", "search_problem"]
+__all__ = ["Pretended", "SearcherConformance", "search_problem", "sensitivity_features"]
 
 BITS = np.array([2, 3, 4, 6])
 
@@ -21,8 +21,17 @@ def search_problem(units: int = 12, seed: int = 0, **options: Any) -> Problem:
     damage = rng.lognormal(0, 1.5, (units, 1)) * 4.0**-BITS
     size = np.where(np.arange(units) % 3 == 0, 200, 100)[:, None] * BITS
     limit = int(size[:, 1].sum() * 1.1)
+    options.setdefault("params", size[:, 0] * 8 // BITS[0])  # so that effective bits are the formats' own
     return Problem.of(damage, size, limit, units=[f"u{i}" for i in range(units)], formats=[f"int{b}" for b in BITS],
                       roles=["q" if i % 3 else "down" for i in range(units)], **options)  # fmt: skip
+
+
+def sensitivity_features(problem: Problem) -> np.ndarray:
+    """Nine features, the first of which says what the unit's damage is, the others nothing."""
+    out = np.random.default_rng(0).normal(size=(len(problem.units), 9))
+    log = np.log(problem.damage[:, 0])
+    out[:, 0] = (log - np.median(log)) / 1.5
+    return out
 
 
 class Pretended:
