@@ -1,8 +1,9 @@
 """Eigenvalue spectra of weight matrices through their Gram matrices, and the numbers read off them.
 
 A Gram product is one level-3 call and its eigenvalues are the squared singular values, several times faster than a
-singular value decomposition. Single precision is 1e-7 of the *largest* eigenvalue off, which no tail estimate sees; where
-the small end is too small for that, product and eigensolver are repeated in double precision.
+singular value decomposition. Single precision leaves an error that is small against the *root mean square* eigenvalue. The
+eigenvalues that this drowns are taken anew in the space of their vectors; what all errors together can do to the
+power-law fit and to the log-determinant is bounded, and where that is too much, all is repeated in double precision.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from scipy.linalg import blas, lapack
 from torch import Tensor
 
 from bitatlas.analysis.measure import MeasureContext
+from bitatlas.analysis.power_law import THRESHOLD, PowerLaw, fit_power_law
 from bitatlas.analysis.schema import QuantUnit
 from bitatlas.kernels import eigen
 
@@ -27,41 +29,98 @@ __all__ = [
     "gram_eigenvalues",
     "hill_alpha",
     "slab_eigenvalues",
+    "slab_spectrum",
     "spectral_entropy",
     "stable_rank",
     "tiles_hill",
     "unit_spectrum",
 ]
 
+Slabs = Callable[[], Iterable[Tensor]]
+
 FARMS_TILE = 128
 _BLOCK = 1 << 22  # weights in double precision at a time
-_SMALL_END = 1e-5  # of the largest: below, single precision is more than a few per cent off there
+_SMALL_END = 1e-5  # of the largest: below, LAPACK's single precision is more than a few per cent off there
 _MOST_DOUBLE = 8192  # rows of a Gram matrix in double precision: 512 MiB
+_ROUNDING = (
+    1e-6  # of the root mean square eigenvalue: how far off our single precision leaves any of them as a rule,
+)
+_RELATIVE = 1e-6  # apart from so much of itself; tests hold both
+_POOR = 2e-2  # of an eigenvalue: where the rounding may be more, it is taken anew
+_MOST_ANEW = 48  # so many at most; more of them cost as much as double precision
+_MOST_OFF = 1e-3  # of the log-determinant
 
 
-def unit_spectrum(ctx: MeasureContext, unit: QuantUnit) -> np.ndarray:
-    """Ascending squared singular values of a unit, (min(rows, cols),) float64; made once for all who ask in turn."""
+def unit_spectrum(ctx: MeasureContext, unit: QuantUnit) -> tuple[np.ndarray, PowerLaw]:
+    """Ascending squared singular values of a unit, (min(rows, cols),) float64, and their tail; made once for all who ask in turn."""
     n, square = min(unit.rows, unit.cols), unit.rows == unit.cols
-    make = lambda: slab_eigenvalues(lambda: ctx.slabs(unit), n, square)  # noqa: E731
-    found: np.ndarray = ctx.of_unit(unit, "spectrum", make)
+    make = lambda: slab_spectrum(lambda: ctx.slabs(unit), n, square)  # noqa: E731
+    found: tuple[np.ndarray, PowerLaw] = ctx.of_unit(unit, "spectrum", make)
     return found
 
 
-def slab_eigenvalues(slabs: Callable[[], Iterable[Tensor]], n: int, square: bool = False) -> np.ndarray:
+def slab_eigenvalues(slabs: Slabs, n: int, square: bool = False) -> np.ndarray:
+    """The values of `slab_spectrum`."""
+    return slab_spectrum(slabs, n, square)[0]
+
+
+def slab_spectrum(slabs: Slabs, n: int, square: bool = False) -> tuple[np.ndarray, PowerLaw]:
     """Squared singular values, ascending (n,) float64, of the matrix whose (rows, n) float32 row blocks ``slabs()`` gives.
 
-    ``slabs`` is called a second time where single precision does not do for the small end; for a ``square``
-    matrix, whose smallest eigenvalues are next to nothing, double precision is taken at once.
+    ``slabs`` is called again where single precision alone does not do. LAPACK, which takes what is too large for our
+    own kernel, takes a ``square`` matrix in double precision at once, as its smallest eigenvalues are next to nothing.
     """
-    ours = eigen.available(n)
+    if eigen.available(n):
+        found = _single(slabs, n)
+        if found:
+            return found
+        values = eigen.slab_eigenvalues(slabs(), n, True).numpy()
+        return values, fit_power_law(values)
     for double in (True,) if square and n <= _MOST_DOUBLE else (False, True):
-        if ours:
-            found = eigen.slab_eigenvalues(slabs(), n, double).to(torch.float64).numpy()
-        else:
-            found = _eigenvalues(_gram(slabs(), n, np.float64 if double else np.float32))
-        if found[0] >= _SMALL_END * found[-1] or n > _MOST_DOUBLE:
+        values = _eigenvalues(_gram(slabs(), n, np.float64 if double else np.float32))
+        if values[0] >= _SMALL_END * values[-1] or n > _MOST_DOUBLE:
             break
-    return found
+    return values, fit_power_law(values)
+
+
+def _single(slabs: Slabs, n: int) -> tuple[np.ndarray, PowerLaw] | None:
+    """Spectrum and tail in single precision; None where that might give another xmin or log-determinant than double."""
+    form = eigen.Reduced(slabs(), n)
+    values: np.ndarray = form.values.double().numpy()
+    mean, rounding = float(np.square(values).mean()) ** 0.5, _rounding(form)
+    wrong = _RELATIVE * values + rounding
+    poor = int(np.searchsorted(values, rounding / _POOR))
+    if poor and values[poor - 1] + wrong[poor - 1] > THRESHOLD:
+        count = -(-poor // 16) * 16
+        if count > min(_MOST_ANEW, n - 1):
+            return None
+        values[:count] = form.smallest(slabs(), count, rounding).numpy()
+        # Second order in the rounding of the vectors, first in that of the matrix's product with them.
+        product = 1e-7 * mean**0.5
+        wrong[:count] = rounding**2 / values[count] + product * (2 * values[:count] ** 0.5 + product)
+        wrong[:count] += _RELATIVE * values[:count]
+    if not np.isfinite(values).all() or bool((np.abs(values - THRESHOLD) <= wrong).any()):
+        return None
+    values, known = np.sort(values), values > THRESHOLD
+    off = np.divide(wrong, values, out=np.zeros(n), where=known)
+    if known.any() and off.sum() > _MOST_OFF * known.sum():
+        return None
+    fit = fit_power_law(values, off)
+    return (values, fit) if fit.sure else None
+
+
+def _rounding(form: eigen.Reduced) -> float:
+    """Bound of what rounding adds to or takes from any eigenvalue in single precision, a share of itself apart.
+
+    Each rounding is small against the largest eigenvalue, and spread over all directions it mostly cancels: what one
+    direction sees goes with the root mean square. Less is spread where few eigenvalues are nearly all, least where their
+    vectors lie along axes, which a heavy column shows.
+    """
+    values = form.values.double()
+    square, top = float(values.square().mean()), float(values[-1])
+    if square * len(values) >= 4 * top * top:
+        return _ROUNDING * square**0.5
+    return _ROUNDING * (2 * square**0.5 + 1.5 * form.heaviest)
 
 
 def gram_eigenvalues(weight: Tensor, exact: bool = False) -> Tensor:

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.power_law import PowerLaw, fit_power_law
+from bitatlas.analysis.power_law import PowerLaw
 from bitatlas.analysis.spectra import (
     FARMS_TILE,
     farms_pick,
     farms_tiles,
     hill_alpha,
-    slab_eigenvalues,
+    slab_spectrum,
     spectral_entropy,
     stable_rank,
     tiles_hill,
@@ -63,11 +63,11 @@ def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 def ours(w: Tensor) -> PowerLaw:
     """All numbers of one matrix; returns the fit."""
     tall = w if w.shape[0] >= w.shape[1] else w.mT
-    values = slab_eigenvalues(lambda: [tall], min(w.shape), w.shape[0] == w.shape[1])
+    values, fit = slab_spectrum(lambda: [tall], min(w.shape), w.shape[0] == w.shape[1])
     spectrum = torch.from_numpy(values)
     known = values[values > 1e-5]
     _ = hill_alpha(spectrum), stable_rank(spectrum), spectral_entropy(spectrum), np.log(known).mean()
-    return fit_power_law(values)
+    return fit
 
 
 def compare(name: str, weights: list[Tensor], rounds: int) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class AlphaQ(UnitMetric):
     ADDITIVE = True
     PER_FORMAT = True
     EMITS = ("alphaq", *_FREE)
-    VERSION = 2
+    VERSION = 3
     SETTINGS = {
         "gamma": 1.0,
         "farms_seeds": 3,
@@ -72,7 +72,7 @@ class AlphaQ(UnitMetric):
     def look(self, ctx: MeasureContext, unit: QuantUnit) -> StepResult:
         """Alpha for every seed, the whole spectrum's numbers, and the distortion per format; one row of each."""
         most, measured = int(self.option(ctx, "farms_tiles")), self.option(ctx, "distortion") == "measured"
-        whole = torch.from_numpy(unit_spectrum(ctx, unit))
+        whole = torch.from_numpy(unit_spectrum(ctx, unit)[0])
         plain = hill_alpha(whole), stable_rank(whole), spectral_entropy(whole)
         total, square, distortion = 0.0, 0.0, np.zeros(len(ctx.formats))
         for block in ctx.blocks(unit):

@@ -7,7 +7,7 @@ import numpy as np
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
 from bitatlas.analysis.metrics.base import Cost, Parts, StepResult, UnitMetric, chunks_by_layer
-from bitatlas.analysis.power_law import fit_power_law
+from bitatlas.analysis.power_law import THRESHOLD
 from bitatlas.analysis.schema import NO_FORMAT, DamageRow, QuantUnit
 from bitatlas.analysis.spectra import unit_spectrum
 
@@ -37,13 +37,12 @@ class Spectral(UnitMetric):
     EMITS = (
         "spectral_alpha", "spectral_distance", "spectral_weighted", "spectral_log_norm", "spectral_log_det",
     )  # fmt: skip
-    VERSION = 2
+    VERSION = 3
 
     def look(self, ctx: MeasureContext, unit: QuantUnit) -> StepResult:
         """Spectrum and fit of a unit; arrays: its eigenvalues, and how many they are."""
-        lam = unit_spectrum(ctx, unit)  # (min(rows, cols),) ascending
-        fit = fit_power_law(lam)
-        known = lam[lam > 1e-5]
+        lam, fit = unit_spectrum(ctx, unit)  # (min(rows, cols),) ascending
+        known = lam[lam > THRESHOLD]
         top = float(np.log10(lam[-1])) if known.size else float("nan")
         values = (
             (fit.alpha, fit.sigma, fit.tail),

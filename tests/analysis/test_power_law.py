@@ -39,8 +39,10 @@ def spectra():
         yield f"rankless{n}", np.concatenate([np.zeros(n // 3), rng.pareto(1.0, n - n // 3) + 0.1])
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize(("name", "values"), list(spectra()), ids=lambda v: v if isinstance(v, str) else "")
-def test_equals_the_loop_over_every_xmin(name, values):
+def test_equals_the_loop_over_every_xmin(monkeypatch, kernels, name, values):
+    monkeypatch.setenv("BITATLAS_KERNELS", kernels)
     index, alpha, distance = loop(values)
     fit = fit_power_law(values)
     assert fit.index == index
@@ -54,6 +56,7 @@ def test_equals_the_loop_over_every_xmin(name, values):
 
 
 def test_the_bound_saves_work_and_small_blocks_change_nothing(monkeypatch):
+    monkeypatch.setenv("BITATLAS_KERNELS", "torch")
     values = np.random.default_rng(3).pareto(1.7, 1200) + 1
     whole = fit_power_law(values)
     rows = []
@@ -61,7 +64,28 @@ def test_the_bound_saves_work_and_small_blocks_change_nothing(monkeypatch):
     monkeypatch.setattr(power_law, "_distances", lambda *a: rows.append(len(a[3])) or original(*a))
     monkeypatch.setattr(power_law, "_BLOCK", 1)
     assert fit_power_law(values) == whole
-    assert sum(rows) < 1199 / 2
+    assert 0 < sum(rows) < 1199 / 2
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_sure_of_xmin_means_that_no_error_within_bounds_moves_it(monkeypatch, kernels):
+    monkeypatch.setenv("BITATLAS_KERNELS", kernels)
+    rng = np.random.default_rng(5)
+    sure, moved = 0, 0
+    for name, values in spectra():
+        values = np.sort(values)
+        for size in (1e-6, 1e-4, 1e-2):  # the smaller a value, the worse known
+            off = np.minimum(size * np.sqrt(values[-1] / np.maximum(values, 1e-9)), 0.1)
+            fit = fit_power_law(values, off)
+            sure += fit.sure and fit.index >= 0
+            for sign in (rng.choice([-1, 1], len(values)), np.sign(values - np.median(values)), -1, 1):
+                other = fit_power_law(values * np.exp(0.99 * sign * off))
+                moved += other.tail != fit.tail
+                if fit.sure and fit.index >= 0:
+                    assert other.tail == fit.tail, name
+                    assert other.alpha == pytest.approx(fit.alpha, abs=1.1e-3), name
+    assert sure > 20
+    assert moved > 20  # so that something was at stake
 
 
 def test_recovers_a_known_exponent_and_its_start():
