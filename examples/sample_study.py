@@ -22,7 +22,7 @@ FORMATS = "int{2,3,4,5,6,8}-g64"
 ALLOCATIONS = 96
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5)
 UNIFORM = ("int2-g64", "int3-g64", "int4-g64", "int6-g64")
-RIVALS = ("kl_flip", "fisher_projection", "hawq_trace", "activation_error", "alphaq")
+RIVALS = ("kl_flip", "fisher", "fisher_projection", "hawq_trace", "activation_error", "alphaq")
 
 
 def make(folder: Path) -> None:
@@ -46,17 +46,20 @@ def make(folder: Path) -> None:
     tasks.measure(
         "demo", "kl_flip,hawq_trace", formats=FORMATS, tokens=4096, seq_len=128, wait=True, on_progress=told
     )
-    plans = [tasks.solve("demo", metric="fisher", solver="mckp", formats=FORMATS, bits=b) for b in BUDGETS]
+    plans = [
+        tasks.solve("demo", metric="fisher_scaled", solver="mckp", formats=FORMATS, bits=b) for b in BUDGETS
+    ]
     plans += [
-        tasks.solve("demo", metric="fisher", solver="uniform", formats=name, bits=16) for name in UNIFORM
+        tasks.solve("demo", metric="fisher_scaled", solver="uniform", formats=name, bits=16)
+        for name in UNIFORM
     ]
     plans += [tasks.solve("demo", metric=m, solver="mckp", formats=FORMATS, bits=3.0) for m in RIVALS]
     plans += [
-        tasks.solve("demo", metric="fisher", solver=s, formats=FORMATS, bits=3.5)
+        tasks.solve("demo", metric="fisher_scaled", solver=s, formats=FORMATS, bits=3.5)
         for s in ("attention_high", "first_last")
     ]
     tasks.verify("demo", plans, tokens=8192, seq_len=256, wait=True, on_progress=told)
-    tasks.frontier("demo", metric="fisher", formats=FORMATS, points=64)
+    tasks.frontier("demo", metric="fisher_scaled", formats=FORMATS, points=64)
     draft = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     Store(Home.default()).export_study(tasks.open_index("demo").digest, draft)
