@@ -187,6 +187,7 @@ def allocations(
             if e.solver.startswith("path"):
                 before = engine.spent.forward_equivalents
                 choice = searched(problem, engine, seed, e.solver == "path walk")
+                facts = {"prior": get_searcher("path").SETTINGS["prior"]}
                 paid += int(engine.spent.forward_equivalents - before)
             elif e.solver in SEARCHES:
                 before = engine.spent.forward_equivalents

@@ -30,7 +30,7 @@ class PathDescent(Refine):
     Settings: the walk starts ``above`` (a share) the budget and takes ``stages`` steps of equal ratio; at most ``steps``
     steps in all; ``tokens`` for slopes, in ``parts``; ``few_tokens`` for all proposals of a step, ``judge_tokens`` of fresh
     text for the best two against the best so far; ``offspring`` proposals a round, drawn ``spread`` standard errors wide;
-    ``patience`` rounds without a gain end it.
+    ``prior``: weight of the measured damages beside the slopes; ``patience`` rounds without a gain end it.
     """
 
     NAME: ClassVar[str] = "path"
@@ -41,7 +41,7 @@ class PathDescent(Refine):
     STEP: ClassVar[str] = "step"
     SETTINGS: ClassVar[Mapping[str, Any]] = {
         "steps": 12, "above": 0.17, "stages": 4, "tokens": 2048, "parts": 4, "few_tokens": 1024, "judge_tokens": 3072,
-        "offspring": 8, "spread": 1.0, "patience": 2, "groups": "none", "z": 0.7,
+        "offspring": 8, "spread": 1.0, "prior": 0.5, "patience": 2, "groups": "none", "z": 0.7,
     }  # fmt: skip
 
     def begin(self) -> State:
@@ -82,7 +82,10 @@ class PathDescent(Refine):
         lengths = float(state["length"]) * np.array(_LENGTHS)
         c = self.problem.classes
         found = np.array(
-            [c.expand(solve_costs(narrow, self._merged(change + t * bend))) for t in lengths.tolist()]
+            [
+                c.expand(solve_costs(narrow, self._merged(self._with_prior(change + t * bend, here))))
+                for t in lengths.tolist()
+            ]
         )
         few = self.objective.scores(found, self._few(), seeds[1], "judge")
         best = int(np.argmin(few.mean))
@@ -107,7 +110,7 @@ class PathDescent(Refine):
         for draw in range(max(1, int(self.settings["offspring"]))):
             length = float(state["length"]) * float(2.0 ** rng.uniform(-1.5, 1.5))
             noise = rng.standard_normal((len(choice), 1)) * (float(self.settings["spread"]) if draw else 0.0)
-            found = self._solve(mean + noise * error + length * bend)
+            found = self._solve(self._with_prior(mean + noise * error + length * bend, choice))
             if (found != choice).any():
                 proposals[found.tobytes()] = (found, length)
         won = None
@@ -125,6 +128,17 @@ class PathDescent(Refine):
             "done": np.array(failed >= max(1, int(self.settings["patience"]))),
         }  # fmt: skip
         return out
+
+    def _with_prior(self, change: np.ndarray, choice: np.ndarray) -> np.ndarray:
+        """(U, F) expected changes of the KL: slopes, and what the measured damages say of the same change.
+
+        Slopes know the allocation and are read from little text, damages are read from more and know the original only; their
+        errors have nothing to do with each other.
+        """
+        table, share = self.problem.damage, min(float(self.settings["prior"]), 1.0)
+        known = np.isfinite(table)
+        said = np.where(known, table, 0.0) - table[np.arange(len(choice)), choice][:, None]
+        return np.where(known, (1 - share) * change + share * said, change)
 
     def _against_best(self, state: State, rivals: np.ndarray, seed: int) -> dict[str, np.ndarray] | None:
         """The best rival, when it is better than the best so far on fresh text; else None."""

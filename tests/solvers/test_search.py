@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,19 @@ class TestPath(SearcherConformance):
         assert sizes[0] > problem.limit_bytes >= sizes[-1]
         assert sorted(sizes, reverse=True) == sizes
         assert problem.payload(state["choice"]) <= problem.limit_bytes
+
+    def test_slopes_and_measured_damages_share_a_change(self, kind):
+        problem = search_problem()
+        choice, rows = np.zeros(len(problem.units), int), np.arange(len(problem.units))
+        change = np.random.default_rng(0).normal(size=problem.damage.shape)
+        table, known = problem.damage.copy(), np.ones(problem.damage.shape, bool)
+        known[3, 2] = False
+        table[3, 2] = np.nan
+        problem = replace(problem, damage=table, allowed=problem.allowed & known)
+        found = kind(problem, Pretended(problem), settings={"prior": 0.25})._with_prior(change, choice)
+        said = table - table[rows, choice][:, None]
+        np.testing.assert_allclose(found[known], (0.75 * change + 0.25 * said)[known])
+        np.testing.assert_array_equal(found[~known], change[~known])
 
     def test_it_beats_the_table_that_it_starts_from(self, kind):
         gains = []
