@@ -28,7 +28,6 @@ __all__ = [
     "farms_tiles",
     "gram_eigenvalues",
     "hill_alpha",
-    "slab_eigenvalues",
     "slab_spectrum",
     "spectral_entropy",
     "stable_rank",
@@ -42,10 +41,9 @@ FARMS_TILE = 128
 _BLOCK = 1 << 22  # weights in double precision at a time
 _SMALL_END = 1e-5  # of the largest: below, LAPACK's single precision is more than a few per cent off there
 _MOST_DOUBLE = 8192  # rows of a Gram matrix in double precision: 512 MiB
-_ROUNDING = (
-    1e-6  # of the root mean square eigenvalue: how far off our single precision leaves any of them as a rule,
-)
-_RELATIVE = 1e-6  # apart from so much of itself; tests hold both
+# How far off our single precision leaves any eigenvalue as a rule; tests hold both.
+_ROUNDING = 1e-6  # of the root mean square eigenvalue, and
+_RELATIVE = 1e-6  # of itself
 _POOR = 2e-2  # of an eigenvalue: where the rounding may be more, it is taken anew
 _MOST_ANEW = 48  # so many at most; more of them cost as much as double precision
 _MOST_OFF = 1e-3  # of the log-determinant
@@ -57,11 +55,6 @@ def unit_spectrum(ctx: MeasureContext, unit: QuantUnit) -> tuple[np.ndarray, Pow
     make = lambda: slab_spectrum(lambda: ctx.slabs(unit), n, square)  # noqa: E731
     found: tuple[np.ndarray, PowerLaw] = ctx.of_unit(unit, "spectrum", make)
     return found
-
-
-def slab_eigenvalues(slabs: Slabs, n: int, square: bool = False) -> np.ndarray:
-    """The values of `slab_spectrum`."""
-    return slab_spectrum(slabs, n, square)[0]
 
 
 def slab_spectrum(slabs: Slabs, n: int, square: bool = False) -> tuple[np.ndarray, PowerLaw]:

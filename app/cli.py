@@ -14,12 +14,19 @@ from bitatlas.app.cli_compare import compare
 from bitatlas.app.cli_io import emit, progress_printer
 from bitatlas.app.cli_options import (
     DEFAULT_FORMATS,
+    Batch,
+    Bits,
+    Bytes,
+    Context,
     Damage,
     ExpertGrouping,
     ExpertTies,
+    Fit,
     Formats,
     GroupLimits,
     Json,
+    KvBits,
+    KvPlan,
     Metric,
     Model,
     Pins,
@@ -27,6 +34,7 @@ from bitatlas.app.cli_options import (
     QuantizerText,
     RareBelow,
     RareFloor,
+    Reserve,
     Solver,
     Target,
     Wait,
@@ -106,19 +114,13 @@ def solve(
     model: Model,
     metric: Damage = "",
     solver: Solver = "mckp",
-    bits: Annotated[float | None, typer.Option(help="Effective bits per weight over the units.")] = None,
-    bytes_: Annotated[
-        str | None, typer.Option("--bytes", help="All weights, kept tensors included: 500MB, 123456.")
-    ] = None,
-    fit: Annotated[str | None, typer.Option(help="Memory for weights + KV cache + reserve: 8GiB.")] = None,
-    context: Annotated[int, typer.Option(help="With --fit: context length in tokens.")] = 0,
-    batch: Annotated[int, typer.Option(help="With --fit: sequences at once.")] = 1,
-    kv_bits: Annotated[
-        float, typer.Option(help="With --fit: K and V of every layer at 16, 8, 4 or 2 bits.")
-    ] = 16,
-    kv_plan: Annotated[
-        str, typer.Option(help="With --fit: bits of K/V by layer: 8/4, or 0-5=8/8;6-29=8/4.")
-    ] = "",
+    bits: Bits = None,
+    bytes_: Bytes = None,
+    fit: Fit = None,
+    context: Context = 0,
+    batch: Batch = 1,
+    kv_bits: KvBits = 16,
+    kv_plan: KvPlan = "",
     kv: Annotated[
         bool,
         typer.Option("--kv", help="With --fit: K and V of each layer share the budget with the weights."),
@@ -126,7 +128,7 @@ def solve(
     kv_metric: Annotated[
         str, typer.Option(help="With --kv: kv_output, kv_fisher or kv_flip; the first that is measured.")
     ] = "",
-    reserve: Annotated[str, typer.Option(help="With --fit: activations and workspace.")] = "256MiB",
+    reserve: Reserve = "256MiB",
     formats: Formats = DEFAULT_FORMATS,
     pin: Pins = None,
     target: Target = None,

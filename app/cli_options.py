@@ -9,12 +9,19 @@ import typer
 
 __all__ = [
     "DEFAULT_FORMATS",
+    "Batch",
+    "Bits",
+    "Bytes",
+    "Context",
     "Damage",
     "ExpertGrouping",
     "ExpertTies",
+    "Fit",
     "Formats",
     "GroupLimits",
     "Json",
+    "KvBits",
+    "KvPlan",
     "Metric",
     "Model",
     "Pins",
@@ -22,6 +29,7 @@ __all__ = [
     "QuantizerText",
     "RareBelow",
     "RareFloor",
+    "Reserve",
     "Solver",
     "Target",
     "Wait",
@@ -45,6 +53,16 @@ Metric = Annotated[
     ),
 ]
 Solver = Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists them.")]
+Bits = Annotated[float | None, typer.Option(help="Effective bits per weight over the units.")]
+Bytes = Annotated[
+    str | None, typer.Option("--bytes", help="All weights, kept tensors included: 500MB, 123456.")
+]
+Fit = Annotated[str | None, typer.Option(help="Memory for weights + KV cache + reserve: 8GiB.")]
+Context = Annotated[int, typer.Option(help="With --fit: context length in tokens.")]
+Batch = Annotated[int, typer.Option(help="With --fit: sequences at once.")]
+KvBits = Annotated[float, typer.Option(help="With --fit: K and V of every layer at 16, 8, 4 or 2 bits.")]
+KvPlan = Annotated[str, typer.Option(help="With --fit: bits of K/V by layer: 8/4, or 0-5=8/8;6-29=8/4.")]
+Reserve = Annotated[str, typer.Option(help="With --fit: activations and workspace.")]
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="REGEX=FORMAT, repeatable; later rules win.")]
 Target = Annotated[
     str | None, typer.Option("--target", help="Solve or export for this engine; `bitatlas targets`.")

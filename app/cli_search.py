@@ -8,7 +8,24 @@ from typing import Annotated
 import typer
 
 from bitatlas.app.cli_io import emit, progress_printer
-from bitatlas.app.cli_options import DEFAULT_FORMATS, Damage, Formats, Json, Model, Pins, Target, Wait
+from bitatlas.app.cli_options import (
+    DEFAULT_FORMATS,
+    Batch,
+    Bits,
+    Bytes,
+    Context,
+    Damage,
+    Fit,
+    Formats,
+    Json,
+    KvBits,
+    KvPlan,
+    Model,
+    Pins,
+    Reserve,
+    Target,
+    Wait,
+)
 from bitatlas.app.problems import guarded
 
 __all__ = ["refine", "search"]
@@ -43,14 +60,14 @@ def search(
     model: Model,
     solver: Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists the searches.")] = "evopress",
     metric: Damage = "",
-    bits: Annotated[float | None, typer.Option(help="Effective bits per weight over the units.")] = None,
-    bytes_: Annotated[str | None, typer.Option("--bytes", help="All weights, kept tensors included.")] = None,
-    fit: Annotated[str | None, typer.Option(help="Memory for weights + KV cache + reserve: 8GiB.")] = None,
-    context: Annotated[int, typer.Option(help="With --fit: context length in tokens.")] = 0,
-    batch: Annotated[int, typer.Option(help="With --fit: sequences at once.")] = 1,
-    kv_bits: Annotated[float, typer.Option(help="With --fit: K and V of every layer at 16, 8, 4 or 2 bits.")] = 16,
-    kv_plan: Annotated[str, typer.Option(help="With --fit: bits of K/V by layer: 8/4, or 0-5=8/8;6-29=8/4.")] = "",
-    reserve: Annotated[str, typer.Option(help="With --fit: activations and workspace.")] = "256MiB",
+    bits: Bits = None,
+    bytes_: Bytes = None,
+    fit: Fit = None,
+    context: Context = 0,
+    batch: Batch = 1,
+    kv_bits: KvBits = 16,
+    kv_plan: KvPlan = "",
+    reserve: Reserve = "256MiB",
     formats: Formats = DEFAULT_FORMATS,
     pin: Pins = None,
     target: Target = None,

@@ -9,7 +9,16 @@ from bitatlas.analysis.schema import KvPair, ModelIndex, UserError, parse_pair
 from bitatlas.app.budgets import uniform_kv
 from bitatlas.app.selection import Selection
 
-__all__ = ["KV_BITS", "KvBits", "cache_pairs", "decode_kv", "encode_kv", "kv_pairs", "pair_bits"]
+__all__ = [
+    "KV_BITS",
+    "KvBits",
+    "cache_pairs",
+    "decode_kv",
+    "encode_kv",
+    "kv_pairs",
+    "pair_bits",
+    "pair_names",
+]
 
 KV_BITS = (16, 8, 4, 2)
 KvBits = Mapping[int, tuple[int, int]]
@@ -55,6 +64,11 @@ def pair_bits(name: str) -> tuple[int, int]:
     """Bits of K and V of a pair of formats, ``kv8-channel/kv4-token`` -> (8, 4)."""
     pair = parse_pair(name)
     return int(pair.k.bits), int(pair.v.bits)
+
+
+def pair_names(pairs: Mapping[int, KvPair]) -> dict[int, tuple[str, str]]:
+    """As an allocation keeps them: layer -> names of K's and V's format."""
+    return {layer: (pair.k.name, pair.v.name) for layer, pair in pairs.items()}
 
 
 def kv_pairs(index: ModelIndex, text: str) -> dict[int, KvPair]:

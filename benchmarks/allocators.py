@@ -79,20 +79,13 @@ DENSE = (
 )
 # Searches on the real model, stopped at the first step after which they have spent --search-tokens; schedules that run over all
 # of a search's steps are scaled to end there.
-SEARCHES: dict[str, dict[str, Any]] = {
-    "random_search": {"steps": 10**6},
-    "evopress": {"steps": 10**6, "offspring": 16, "survivors": (4, 1), "tokens": (512, 2048), "initial": 16, "groups": "none"},
-    "nsga2_search": {"steps": 10**6, "tokens": 1024},
-    "rco": {"steps": 50, "tokens": 512, "judge_every": 25},
-    "refine": {"steps": 10**6, "tokens": 2048},
+SEARCHES: dict[Entry, dict[str, Any]] = {
+    Entry("", "", "random_search"): {"steps": 10**6},
+    Entry("", "", "evopress"): {"steps": 10**6, "offspring": 16, "survivors": (4, 1), "tokens": (512, 2048), "initial": 16, "groups": "none"},
+    Entry("", "", "nsga2_search"): {"steps": 10**6, "tokens": 1024},
+    Entry("fisher_projection", "fisher_scaled", "rco"): {"steps": 50, "tokens": 512, "judge_every": 25},
+    Entry("fisher_projection", "fisher_scaled", "refine"): {"steps": 10**6, "tokens": 2048},
 }  # fmt: skip
-SEARCHED = (
-    Entry("", "", "random_search"),
-    Entry("", "", "evopress"),
-    Entry("", "", "nsga2_search"),
-    Entry("fisher_projection", "fisher_scaled", "rco"),
-    Entry("fisher_projection", "fisher_scaled", "refine"),
-)
 EXPERTS = (
     Entry("fisher_projection", "fisher", "mckp", True),
     Entry("expert_error", "expert_error", "pmq"),
@@ -120,7 +113,7 @@ def main() -> None:
     known = finished(Path(args.out), about)
     entries = [
         e
-        for e in (*DENSE, *SEARCHED, *(EXPERTS if index.n_experts else ()))
+        for e in (*DENSE, *SEARCHES, *(EXPERTS if index.n_experts else ()))
         if not args.only or {e.solver, e.label} & set(args.only)
     ]
     for seed in args.seeds:
@@ -181,18 +174,14 @@ def allocations(
         problem = Problem.build(
             index, table, tables.formats, limit, ties=expert_ties(index, "layer" if e.tied else "free")
         )
-        start = time.process_time()
+        start, before = time.process_time(), engine.spent.forward_equivalents
         facts: dict[str, Any] = {}
         try:
             if e.solver.startswith("path"):
-                before = engine.spent.forward_equivalents
                 choice = searched(problem, engine, seed, e.solver == "path walk")
                 facts = {"prior": get_searcher("path").SETTINGS["prior"]}
-                paid += int(engine.spent.forward_equivalents - before)
-            elif e.solver in SEARCHES:
-                before = engine.spent.forward_equivalents
-                choice = limited(e.solver, problem, engine, seed, search_tokens - paid)
-                paid += int(engine.spent.forward_equivalents - before)
+            elif e in SEARCHES:
+                choice = limited(e, problem, engine, seed, search_tokens - paid)
             else:
                 solver = get_solver(e.solver)
                 if solver.USES_INTERACTION:
@@ -203,6 +192,7 @@ def allocations(
         except UserError as error:
             print(f"{e.label} at {bits}: {error}", flush=True)
             continue
+        paid += int(engine.spent.forward_equivalents - before)
         facts |= {
             "allocator": e.label, "solver": e.solver, "tokens": paid, "solve_cpu_s": round(time.process_time() - start, 2),
             "payload_bytes": problem.payload(choice), "limit_bytes": limit, "predicted": problem.objective(choice) if table is not None else None,
@@ -210,17 +200,12 @@ def allocations(
         yield facts, choice
 
 
-def limited(name: str, problem: Problem, engine: Evaluator, seed: int, tokens: float) -> np.ndarray:
+def limited(entry: Entry, problem: Problem, engine: Evaluator, seed: int, tokens: float) -> np.ndarray:
     """What a search has found when it has spent ``tokens``, or at its own end."""
-    kind, before = get_searcher(name), engine.spent.forward_equivalents
+    kind, before = get_searcher(entry.solver), engine.spent.forward_equivalents
     start = get_solver("mckp").solve(problem).choice[None] if kind.NEEDS_DAMAGE else None
-    search = kind(problem, engine, seed=seed, settings=SEARCHES[name], start=start)
-    state = search.begin()
-    for number in range(1, search.steps + 1):
-        if bool(state["done"]) or engine.spent.forward_equivalents - before >= tokens:
-            break
-        state = search.step(state, number)
-    return np.asarray(state["choice"])
+    search = kind(problem, engine, seed=seed, settings=SEARCHES[entry], start=start)
+    return np.asarray(search.run(lambda: engine.spent.forward_equivalents - before >= tokens)["choice"])
 
 
 def searched(problem: Problem, engine: Evaluator, seed: int, walk: bool) -> np.ndarray:

@@ -9,8 +9,8 @@ started twice is drawn from its longer run.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import runpy
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -48,7 +48,8 @@ def curve(rows: list[dict[str, Any]]) -> go.Figure:
         )  # fmt: skip
     figure.update_layout(
         template="plotly_white", width=900, height=480, margin={"l": 70, "r": 20, "t": 20, "b": 60},
-        xaxis={"type": "log", "title": "forward-equivalent tokens spent", "tickvals": [s * 10**p for p in (4, 5, 6, 7) for s in (1, 3)]}, yaxis={"title": "KL on held-out text, nats per token"},
+        xaxis={"type": "log", "title": "forward-equivalent tokens spent", "tickvals": [s * 10**p for p in (4, 5, 6, 7) for s in (1, 3)]},
+        yaxis={"title": "KL on held-out text, nats per token"},
         legend={"x": 0.98, "y": 0.98, "xanchor": "right"},
     )  # fmt: skip
     return figure
@@ -65,14 +66,7 @@ def main() -> None:
     figure = curve([json.loads(line) for line in Path(args.data).read_text(encoding="utf-8").splitlines()])
     from playwright.sync_api import sync_playwright
 
-    spec = importlib.util.spec_from_file_location(
-        "ensure_chromium", ROOT / "tests" / "browser" / "ensure_chromium.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    chromium = module.find()
+    chromium = runpy.run_path(str(ROOT / "tests" / "browser" / "ensure_chromium.py"))["find"]()
     if chromium is None:
         sys.exit("no Chromium on this machine; see tests/browser/ensure_chromium.py")
     with sync_playwright() as api:

@@ -32,6 +32,7 @@ from bitatlas.analysis.schema import (
 )
 from bitatlas.analysis.verify import verify_many
 from bitatlas.app.budgets import resolve_budget, uniform_kv
+from bitatlas.app.kv_plan import pair_names
 from bitatlas.app.tasks.joint import solve_joint
 from bitatlas.app.tasks.solving import solve_table
 from bitatlas.solvers import Problem
@@ -59,7 +60,7 @@ def candidates(
             budget = resolve_budget(
                 index, fit=memory, context=context, batch=batch, reserve=1, bits_k=bits, bits_v=bits
             )
-            plan = {i: (p.k.name, p.v.name) for i, p in uniform_kv(index, bits, bits).items()}
+            plan = pair_names(uniform_kv(index, bits, bits))
             out[f"weights only, kv{bits}"] = replace(
                 solve_table(index, table, names, budget, "mckp", {}), kv=plan
             )

@@ -153,10 +153,7 @@ def proposals(
     for name, settings in ((n, RIVALS[n]) for n in args.rivals):
         before, start = bench.spent, time.process_time()
         search = get_searcher(name)(problem, bench.engine, seed=args.seed, settings=settings)
-        state, number = search.begin(), 0
-        while bench.spent - before < tokens:
-            number += 1
-            state = search.step(state, number)
+        state = search.run(lambda end=before + tokens: bench.spent >= end)
         facts = {
             "allocator": name,
             "tokens": int(bench.spent - before),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.power_law import PowerLaw
+from bitatlas.analysis.power_law import THRESHOLD, PowerLaw
 from bitatlas.analysis.spectra import (
     FARMS_TILE,
     farms_pick,
@@ -65,7 +65,7 @@ def ours(w: Tensor) -> PowerLaw:
     tall = w if w.shape[0] >= w.shape[1] else w.mT
     values, fit = slab_spectrum(lambda: [tall], min(w.shape), w.shape[0] == w.shape[1])
     spectrum = torch.from_numpy(values)
-    known = values[values > 1e-5]
+    known = values[values > THRESHOLD]
     _ = hill_alpha(spectrum), stable_rank(spectrum), spectral_entropy(spectrum), np.log(known).mean()
     return fit
 

@@ -116,10 +116,11 @@ def get_solver(name: str) -> Solver:
     Raises:
         UserError: no such solver; the message names the nearest ones.
     """
-    found = SOLVERS.get(name.strip().lower())
-    if found is None and name.strip().lower() in SEARCHERS:
+    key = name.strip().lower()
+    found = SOLVERS.get(key)
+    if found is None and key in SEARCHERS:
         raise UserError(f"{name} runs the model itself, which solving does not", found="a search",
-                        fix=f"bitatlas search --solver {name.strip().lower()}, with the same budget, formats, pins and target")  # fmt: skip
+                        fix=f"bitatlas search --solver {key}, with the same budget, formats, pins and target")  # fmt: skip
     if found is None:
         near = difflib.get_close_matches(name.lower(), SOLVERS, n=3, cutoff=0.4)
         raise UserError(f"there is no solver called {name!r}", found=f"nearest: {', '.join(near) or 'none'}",

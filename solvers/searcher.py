@@ -7,7 +7,7 @@ settings and seed give the same answer, with or without interruptions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -134,11 +134,11 @@ class Searcher(ABC):
     def step(self, state: State, number: int) -> State:
         """One step, numbered from 1; only called while ``state["done"]`` is false. Leaves ``state`` as it is."""
 
-    def run(self) -> State:
-        """All steps in this process."""
+    def run(self, enough: Callable[[], bool] = lambda: False) -> State:
+        """All steps in this process, or as many as were begun before ``enough()`` came true."""
         state = self.begin()
         for number in range(1, self.steps + 1):
-            if bool(state["done"]):
+            if bool(state["done"]) or enough():
                 break
             state = self.step(state, number)
         return state

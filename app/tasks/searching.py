@@ -9,7 +9,7 @@ from typing import Any
 
 from bitatlas.analysis.schema import Allocation, Budget, ModelIndex, UserError, expand_formats, resolve_pins
 from bitatlas.app.budgets import resolve_budget
-from bitatlas.app.kv_plan import cache_pairs
+from bitatlas.app.kv_plan import cache_pairs, pair_names
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait, the_jobs
 from bitatlas.app.tasks.measuring import calibration_file, file_digest
 from bitatlas.app.tasks.models import register
@@ -102,7 +102,7 @@ def submit_search(
     if budget is None:
         pairs = cache_pairs(index, kv_bits, kv_plan)
         budget = resolve_budget(index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch, reserve=reserve, kv=pairs)  # fmt: skip
-        kv = {i: (p.k.name, p.v.name) for i, p in pairs.items()}
+        kv = pair_names(pairs)
     pinned = dict(pins) if isinstance(pins, Mapping) else resolve_pins(pins or [], index.unit_keys())
     starts = []
     for item in start:

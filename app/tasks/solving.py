@@ -27,7 +27,7 @@ from bitatlas.analysis.schema import (
 from bitatlas.app.budgets import resolve_budget
 from bitatlas.app.expert_groups import EVIDENCE
 from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
-from bitatlas.app.kv_plan import cache_pairs
+from bitatlas.app.kv_plan import cache_pairs, pair_names
 from bitatlas.app.side_budgets import SideLimits
 from bitatlas.app.side_budgets import active_bytes as bytes_read
 from bitatlas.app.sizes import parse_bytes
@@ -214,7 +214,7 @@ def solve(
         side = SideLimits(latency_ms, bops, active_bytes, batch) if asked else None
         posed = problem.with_limit(problem.limit_bytes + budget.weights_bytes - index.kept_bytes)
         allocation = _solved(posed, index, table, names, budget, solver, limits, seed, side, rules)
-        allocation = replace(allocation, kv={i: (p.k.name, p.v.name) for i, p in same.items()})
+        allocation = replace(allocation, kv=pair_names(same))
     store.put_allocation(allocation)
     if output is not None:
         atomic_write(Path(output).expanduser().resolve(), allocation.to_json().encode())

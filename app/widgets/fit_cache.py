@@ -11,7 +11,7 @@ import streamlit as st
 from bitatlas.analysis.schema import Allocation, Provenance, parse_format
 from bitatlas.app import studies
 from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
-from bitatlas.app.kv_plan import kv_pairs
+from bitatlas.app.kv_plan import kv_pairs, pair_names
 from bitatlas.app.studies import Study
 from bitatlas.app.views.fit_controls import Asked
 from bitatlas.app.widgets.data import forget
@@ -90,8 +90,9 @@ def answer(study: Study, asked: Asked, pins: Mapping[str, str]) -> Allocation:
     provenance = Provenance(model_digest=study.index.digest, model_name=study.index.name,
                             settings={"run": study.tables[asked.metric].run, "formats": list(asked.formats), "solver": "hull"})  # fmt: skip
     kv = kv_pairs(study.index, asked.kv) if asked.context else {}
-    plan = {layer: (pair.k.name, pair.v.name) for layer, pair in kv.items()}
-    return to_allocation(posed, solution, study.index, budget=budget, provenance=provenance, kv=plan)
+    return to_allocation(
+        posed, solution, study.index, budget=budget, provenance=provenance, kv=pair_names(kv)
+    )
 
 
 def keep(study: Study, asked: Asked, pins: Mapping[str, str]) -> None:

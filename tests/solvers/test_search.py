@@ -45,6 +45,22 @@ class TestRandomSearch(SearcherConformance):
         return RandomSearch
 
 
+def test_a_run_begins_no_step_once_it_is_enough():
+    problem = search_problem()
+    search = RandomSearch(problem, Pretended(problem), settings={"steps": 9, "samples": 2})
+    asked = []
+
+    def enough() -> bool:
+        asked.append(len(asked))
+        return len(asked) > 2
+
+    stopped, state = search.run(enough), search.begin()
+    for number in (1, 2):
+        state = search.step(state, number)
+    assert len(asked) == 3
+    assert (stopped["choice"] == state["choice"]).all()
+
+
 class TestRco(SearcherConformance):
     SETTINGS = {"steps": 30, "samples": 2, "judge_every": 10}
 
