@@ -341,7 +341,7 @@ def run_step(metric: Metric, ctx: MeasureContext, parts_dir: str | Path, key: st
         return found[0]
     if "quantizer" in metric.SETTINGS:
         ctx.prepare()
-    return save_step(parts_dir, key, metric.step(ctx, key))
+    return save_step(parts_dir, key, metric.step_after(ctx, key, PartsOnDisk(parts_dir, metric.plan(ctx))))
 
 
 def save_step(parts_dir: str | Path, key: str, result: StepResult) -> list[DamageRow]:

@@ -42,7 +42,7 @@ Damage = Annotated[
     str,
     typer.Option(
         "--metric",
-        help="A measured damage; by default fisher_scaled, or fisher where only that was measured.",
+        help="A measured damage; by default fisher_anchored, fisher_scaled or fisher, the first that was measured.",
     ),
 ]
 Metric = Annotated[

@@ -66,6 +66,8 @@ DENSE = (
     Entry("fisher_projection", "fisher", "mckp"),
     Entry("fisher_projection", "fisher_scaled", "mckp"),
     Entry("fisher_projection", "fisher_scaled", "path"),
+    Entry("fisher_projection", "fisher_anchored", "mckp"),
+    Entry("fisher_projection", "fisher_anchored", "path"),
     Entry("fisher_projection", "fisher", "ilp"),
     Entry("fisher_projection", "fisher", "hull"),
     Entry("fisher_projection", "fisher", "baq"),

@@ -91,7 +91,8 @@ class Searcher(ABC):
         out = dict(cls.SETTINGS)
         for name, value in settings.items():
             default = cls.SETTINGS[name]
-            wrong = UserError(f"the setting {name} of {cls.NAME} has the wrong kind", found=repr(value), fix=f"something like {default!r}")  # fmt: skip
+            like = "/".join(map(str, default)) if isinstance(default, tuple) else repr(default)
+            wrong = UserError(f"the setting {name} of {cls.NAME} has the wrong kind", found=repr(value), fix=f"something like {like}")  # fmt: skip
             try:
                 if isinstance(default, tuple):
                     parts = value.split("/") if isinstance(value, str) else list(np.atleast_1d(value))

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitatlas.analysis.divergence import token_kl
 from bitatlas.analysis.fisher.deltas import DeltaStore
 from bitatlas.analysis.loaded import LoadedModel
 
@@ -161,6 +162,26 @@ class ProbePass:
                     v *= (weights if data else weights.sqrt()).to(v.device)[:, None]
                 logits.backward(-v if data else v, retain_graph=row[0] + 1 < rows)
         return ProbeChunk(a, gsq, reached)
+
+    def slopes(self, ids: Tensor, reference: Tensor) -> tuple[np.ndarray, float]:
+        """Of the KL summed over all positions, with whatever weights are in place.
+
+        Args:
+            ids: (B, T) int64. reference: (B, T, V) logits of the original.
+
+        Returns:
+            <gradient, Q_f(W) - W> (U, F) and the KL, nats.
+        """
+        a, gsq = (
+            np.zeros((1, len(self._units), self.store.n_formats), np.float32),
+            np.zeros((1, len(self._units))),
+        )
+        with self._consumed(a, gsq, [0]), torch.enable_grad():
+            logits = self.loaded.logits(ids)
+            # d KL(p || q) / d logits of q = q - p
+            pull = torch.softmax(logits.detach().float(), -1) - torch.softmax(reference.float(), -1)
+            logits.backward(pull.to(logits.dtype))
+        return a[0].astype(np.float64), float(token_kl(reference, logits.detach()).sum())
 
     @contextmanager
     def _counted(self, reached: np.ndarray) -> Iterator[None]:

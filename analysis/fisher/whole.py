@@ -7,7 +7,9 @@ the price of a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,14 +27,14 @@ _ABOVE_NOISE = 100.0
 
 
 class WholeModel:
-    """A model measured with all units in one format at a time; the original's logits are kept in between.
+    """A model measured with all its units quantised at once; the original's logits are kept in between.
 
     Args:
         loaded: the model with its original weights; they are in place again after every call.
         tokens: (S, T) int64. original: the (rows, cols) weight of a unit as the checkpoint has it.
 
     Attributes:
-        noise: KL that the order of summation alone makes, nats per token.
+        batches: (B, T) int64 ids each, and the original's (B, T, V) logits of them.
     """
 
     @torch.no_grad()
@@ -46,28 +48,38 @@ class WholeModel:
         size = max(1, _BATCH_TOKENS // tokens.shape[1])
         parts = [np.ascontiguousarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
         self._loaded, self._units, self._weight = loaded, tuple(units), original
-        self._batches = [torch.from_numpy(part) for part in parts]
-        self._logits = [loaded.logits(ids) for ids in self._batches]
-        self.noise = batch_noise(loaded.logits, self._batches[0], self._logits[0])
+        ids = [torch.from_numpy(part) for part in parts]
+        self.batches = [(part, loaded.logits(part)) for part in ids]
 
-    @torch.no_grad()
-    def kl(self, candidate: Callable[[QuantUnit], Tensor]) -> np.ndarray:
-        """(S,) KL(original || all units as ``candidate`` says) of each sequence, nats per token.
+    @cached_property
+    def noise(self) -> float:
+        """KL that the order of summation alone makes, nats per token; the original's weights must be in place."""
+        with torch.no_grad():
+            return batch_noise(self._loaded.logits, *self.batches[0])
+
+    @contextmanager
+    def placed(self, candidate: Callable[[QuantUnit], Tensor]) -> Iterator[None]:
+        """All units as ``candidate`` says.
 
         Weights are exchanged one by one and read again at the end: there is never a second model in memory.
         """
         try:
-            for unit in self._units:
-                handle = self._loaded.handle(unit.key)
-                handle.exchange(candidate(unit).to(handle.param))
-            each = [
-                token_kl(before, self._loaded.logits(ids)).mean(1).numpy()
-                for before, ids in zip(self._logits, self._batches)
-            ]
+            with torch.no_grad():
+                for unit in self._units:
+                    handle = self._loaded.handle(unit.key)
+                    handle.exchange(candidate(unit).to(handle.param))
+            yield
         finally:
-            for unit in self._units:
-                self._loaded.handle(unit.key).set(self._weight(unit))
-        return np.concatenate(each)
+            with torch.no_grad():
+                for unit in self._units:
+                    self._loaded.handle(unit.key).set(self._weight(unit))
+
+    @torch.no_grad()
+    def kl(self, candidate: Callable[[QuantUnit], Tensor]) -> np.ndarray:
+        """(S,) KL(original || all units as ``candidate`` says) of each sequence, nats per token."""
+        with self.placed(candidate):
+            each = [token_kl(logits, self._loaded.logits(ids)).mean(1) for ids, logits in self.batches]
+        return torch.cat(each).numpy()
 
 
 def format_scales(predicted: np.ndarray, measured: np.ndarray, noise: np.ndarray) -> np.ndarray:

@@ -89,6 +89,13 @@ class Metric(ABC):
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
         """Measures one key of the plan."""
 
+    def step_after(self, ctx: MeasureContext, key: str, parts: Parts) -> StepResult:
+        """The same, for a metric whose later steps build on earlier ones: ``parts`` holds those that are done.
+
+        The runner goes through the plan in its order, so that a key may rely on the keys before it.
+        """
+        return self.step(ctx, key)
+
     def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
         """Rows that need all steps together; none by default. ``parts`` holds every key of the plan."""
         return []

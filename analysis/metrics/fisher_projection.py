@@ -1,26 +1,31 @@
 """Fisher projection: one backward pass per probe prices every unit in every format, interactions included.
 
 KL(p || p') of a weight change d is 1/2 d^T F d + O(d^3) per sequence, F = E[G G^T] with G from `analysis.fisher.probes`.
-Three values come from the same pass, a fourth from a few forward passes more:
+Three values come from the same pass, two from a few passes more:
 
 - ``fisher_projection``: 1/(2T) mean <G, Q(W) - W>^2, unbiased, stderr over sequences;
 - ``fisher_trace``: 1/2 (mean ||G||^2 / (T n)) ||Q(W) - W||^2, the isotropic form (HAWQ-V2's with the Fisher);
 - ``fisher``: the two combined (`analysis.fisher.posterior`), the best prediction for a single unit;
 - ``fisher_scaled``: the same times one factor a format, so that a whole model in that format is predicted as it is
-  measured (`analysis.fisher.whole`): the one to solve with.
+  measured (`analysis.fisher.whole`);
+- ``fisher_anchored``: that averaged with slopes of the KL at four allocations that it proposes itself
+  (`analysis.fisher.anchors`): the one to solve with.
 
 The projections of all probes stay in the run's part files; `analysis.fisher.matrix.load_probes` reads them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from bitatlas.analysis.fisher.anchors import LEVELS, anchored, front_choices
 from bitatlas.analysis.fisher.matrix import ProbeMatrix
+from bitatlas.analysis.fisher.parts import Joined
 from bitatlas.analysis.fisher.posterior import posterior, trace_form
+from bitatlas.analysis.gradient_groups import units_of_group
 from bitatlas.analysis.metrics.base import Cost, Parts, StepResult
 from bitatlas.analysis.metrics.probe_base import (
     PROBE_SETTINGS,
@@ -38,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["FisherProjection"]
 
 _WHOLE = "whole "
+_FRONT = "front "
+_FRONT_TOKENS = 1024  # a step: all anchors, one forward and backward pass each
 
 
 class FisherProjection(ProbeMetric):
@@ -48,18 +55,37 @@ class FisherProjection(ProbeMetric):
     UNIT = "nats/token"
     SOURCE = "second-order KL with sampled labels (Martens 2020, eq. 10); <G, dW> for all units and formats in one pass"
     ADDITIVE = True
-    EMITS = ("fisher_projection", "fisher_trace", "fisher", "fisher_scaled")
-    VERSION = 2
-    SETTINGS: ClassVar = {**PROBE_SETTINGS, "whole_tokens": 1024}
-    """whole_tokens: calibration tokens on which the model is measured as a whole in each format; 0 = not at all."""
+    EMITS = ("fisher_projection", "fisher_trace", "fisher", "fisher_scaled", "fisher_anchored")
+    VERSION = 3
+    SETTINGS: ClassVar = {**PROBE_SETTINGS, "whole_tokens": 1024, "front_tokens": 2048}
+    """whole_tokens: calibration tokens on which the model is measured as a whole in each format; 0 = not at all.
+    front_tokens: calibration tokens for the slopes at each anchor; 0 = none, as when nothing is measured as a whole.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._whole: tuple[MeasureContext, WholeModel] | None = None
+        self._known: tuple[MeasureContext, _Tables] | None = None
 
     def plan(self, ctx: MeasureContext) -> list[str]:
-        """Chunks of probes, then ``whole FORMAT`` for each format."""
-        return super().plan(ctx) + [_WHOLE + f.name for f in self._measured(ctx)]
+        """Chunks of probes, ``whole FORMAT`` for each format, then ``front KEY`` for chunks at the anchors."""
+        return self._probes(ctx) + [_WHOLE + f.name for f in self._measured(ctx)] + list(self._front(ctx))
+
+    def _probes(self, ctx: MeasureContext) -> list[str]:
+        return super().plan(ctx)
+
+    def _front(self, ctx: MeasureContext) -> dict[str, tuple[str, slice]]:
+        """Step key -> group of layers and its calibration sequences."""
+        if not self._measured(ctx):
+            return {}
+        count, length = sequences_of(ctx)
+        count = min(count, -(-int(self.option(ctx, "front_tokens")) // length))
+        each = max(1, _FRONT_TOKENS // length)
+        return {
+            f"{_FRONT}{group}: sequences {start}-{min(start + each, count) - 1}": (group, slice(start, min(start + each, count)))
+            for group in self._groups(ctx)
+            for start in range(0, count, each)
+        }  # fmt: skip
 
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
         """A chunk of probes, or the KL (S,) of the model with all units in a format, and the noise (1,)."""
@@ -72,6 +98,32 @@ class FisherProjection(ProbeMetric):
             arrays={"uniform_kl": whole.kl(lambda u: ctx.candidate(u, fmt)), "noise": np.array([whole.noise])}
         )
 
+    def step_after(self, ctx: MeasureContext, key: str, parts: Parts) -> StepResult:
+        """At the anchors: (A, U) ``choice``, (A, u, F) ``slopes`` of the units ``place`` and (A,) ``kl``, nats summed over ``tokens``."""
+        if not key.startswith(_FRONT):
+            return self.step(ctx, key)
+        from bitatlas.analysis.fisher.whole import WholeModel
+
+        group, rows = self._front(ctx)[key]
+        units = units_of_group(ctx.index.units, group)
+        choices = front_choices(self._tables(ctx, parts).scaled[0], ctx.index.bytes_table(ctx.formats))
+        probes = self._probe_pass(ctx, group, units)
+        place = {u.key: i for i, u in enumerate(ctx.index.units)}
+        whole = WholeModel(probes.loaded, ctx.calibration.tokens[rows], ctx.index.units, ctx.weight)
+        slopes, kl = np.zeros((len(choices), len(units), len(ctx.formats))), np.zeros(len(choices))
+        for i, choice in enumerate(choices):
+            with whole.placed(lambda u, at=choice: ctx.candidate(u, ctx.formats[at[place[u.key]]])):  # type: ignore[misc]
+                for ids, logits in whole.batches:
+                    found, nats = probes.slopes(ids, logits)
+                    slopes[i] += found
+                    kl[i] += nats
+        return StepResult(
+            arrays={
+                "choice": choices, "slopes": slopes, "kl": kl, "place": np.array([place[u.key] for u in units]),
+                "sequences": np.arange(rows.start, rows.stop), "tokens": np.array(ctx.calibration.tokens[rows].size),
+            }
+        )  # fmt: skip
+
     def _whole_model(self, ctx: MeasureContext) -> WholeModel:
         if self._whole is None or self._whole[0] is not ctx:
             from bitatlas.analysis.fisher.whole import WholeModel
@@ -82,10 +134,16 @@ class FisherProjection(ProbeMetric):
         return self._whole[1]
 
     def cost(self, ctx: MeasureContext) -> Cost:
-        """The probes, and a forward pass over a few sequences for the original and for each format."""
+        """The probes; a forward pass over a few sequences for the original and each format; both passes at each anchor."""
         cost, formats = super().cost(ctx), len(self._measured(ctx))
-        tokens = (formats + 1) * self._sequences(ctx) * sequences_of(ctx)[1] if formats else 0
-        return replace(cost, steps=len(self.plan(ctx)), forward_tokens=cost.forward_tokens + tokens)
+        length = sequences_of(ctx)[1]
+        whole = (formats + 1) * self._sequences(ctx) * length if formats else 0
+        front = sum(rows.stop - rows.start for _, rows in self._front(ctx).values()) * length
+        return replace(
+            cost, steps=len(self.plan(ctx)),
+            forward_tokens=cost.forward_tokens + whole + (1 + len(LEVELS)) * front,
+            backward_tokens=cost.backward_tokens + len(LEVELS) * front,
+        )  # fmt: skip
 
     def _measured(self, ctx: MeasureContext) -> tuple[Format, ...]:
         """Formats whose uniform model is measured: none where only some positions count."""
@@ -101,19 +159,37 @@ class FisherProjection(ProbeMetric):
 
     def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
         """The tables from all probes."""
-        joined = self.joined({key: parts[key] for key in super().plan(ctx)})
-        probes = ProbeMatrix.of(joined)
-        units = ctx.index.units
-        params = np.array([u.params for u in units], np.float64)
-        count = probes.reached.sum(0) // max(1, int(self.option(ctx, "draws")))  # (U,) tokens
-        asq, _, tokens = probes.by_sequence
-        trace, trace_stderr = trace_form(probes, params)
-        best = posterior(probes, params, [u.role for u in units], pools=[_pool(u) for u in units])
+        known = self._tables(ctx, parts)
+        asq, _, tokens = known.probes.by_sequence
+        count = known.probes.reached.sum(0) // max(1, int(self.option(ctx, "draws")))  # (U,) tokens
         tables = {
-            "fisher_projection": (probes.damage(), 0.5 * ratio_stderr(asq, tokens)),
-            "fisher_trace": (trace, trace_stderr),
-            "fisher": (best.value, best.stderr),
+            "fisher_projection": (known.probes.damage(), 0.5 * ratio_stderr(asq, tokens)),
+            "fisher_trace": known.trace,
+            "fisher": known.fisher,
         }
+        if self._measured(ctx):
+            tables["fisher_scaled"] = known.scaled
+        if front := [parts[key] for key in self._front(ctx)]:
+            nbytes = ctx.index.bytes_table(ctx.formats)
+            tables["fisher_anchored"] = anchored(
+                *known.scaled, known.fisher[0], nbytes, front, known.probes.formats
+            )
+        return [
+            row for name, (v, e) in tables.items() for row in damage_rows(name, known.joined, v, e, count)
+        ]
+
+    def _tables(self, ctx: MeasureContext, parts: Parts) -> _Tables:
+        """What all probes and whole models say; kept for the steps that ask for it one after the other."""
+        if self._known is None or self._known[0] is not ctx:
+            self._known = ctx, self._reduced(ctx, parts)
+        return self._known[1]
+
+    def _reduced(self, ctx: MeasureContext, parts: Parts) -> _Tables:
+        joined = self.joined({key: parts[key] for key in self._probes(ctx)})
+        probes, units = ProbeMatrix.of(joined), ctx.index.units
+        params = np.array([u.params for u in units], np.float64)
+        best = posterior(probes, params, [u.role for u in units], pools=[_pool(u) for u in units])
+        scale = np.ones(len(joined.formats))
         if found := {f.name: parts[_WHOLE + f.name] for f in self._measured(ctx)}:
             from bitatlas.analysis.fisher.whole import format_scales
 
@@ -121,8 +197,20 @@ class FisherProjection(ProbeMetric):
                 np.array([found[n][k].mean() for n in joined.formats]) for k in ("uniform_kl", "noise")
             )
             scale = format_scales(best.value, measured, noise)
-            tables["fisher_scaled"] = best.value * scale, best.stderr * scale
-        return [row for name, (v, e) in tables.items() for row in damage_rows(name, joined, v, e, count)]
+        return _Tables(
+            joined, probes, trace_form(probes, params), (best.value, best.stderr), (best.value * scale, best.stderr * scale)
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Value and standard error, (U, F) each, of the probes' tables."""
+
+    joined: Joined
+    probes: ProbeMatrix
+    trace: tuple[np.ndarray, np.ndarray]
+    fisher: tuple[np.ndarray, np.ndarray]
+    scaled: tuple[np.ndarray, np.ndarray]
 
 
 def _pool(unit: QuantUnit) -> tuple[int, str] | None:

@@ -12,7 +12,14 @@ from bitatlas.analysis.schema.allocation import (
     null_nan,
     resolve_pins,
 )
-from bitatlas.analysis.schema.damage import NO_FORMAT, SOLVE_WITH, DamageRow, Provenance, SensitivityTable
+from bitatlas.analysis.schema.damage import (
+    NO_FORMAT,
+    SOLVE_BY_DEFAULT,
+    SOLVE_WITH,
+    DamageRow,
+    Provenance,
+    SensitivityTable,
+)
 from bitatlas.analysis.schema.kv import KV_DAMAGES, KvTable, is_kv_metric, kv_layer, kv_unit
 from bitatlas.analysis.schema.model import KeptTensor, KvGeometry, ModelIndex, QuantUnit, TieGroup
 from bitatlas.analysis.schema.scores import Objective, Scores, Spent
@@ -35,6 +42,7 @@ __all__ = [
     "KV_DAMAGES",
     "KV_FORMATS",
     "NO_FORMAT",
+    "SOLVE_BY_DEFAULT",
     "SOLVE_WITH",
     "Allocation",
     "Budget",

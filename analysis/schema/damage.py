@@ -11,12 +11,15 @@ import numpy as np
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import FORMATS
 
-__all__ = ["NO_FORMAT", "SOLVE_WITH", "DamageRow", "Provenance", "SensitivityTable"]
+__all__ = ["NO_FORMAT", "SOLVE_BY_DEFAULT", "SOLVE_WITH", "DamageRow", "Provenance", "SensitivityTable"]
 
 NO_FORMAT = "-"
 """The format column of a metric that does not depend on the format (routing counts, alpha)."""
 
-SOLVE_WITH = ("fisher_scaled", "fisher", "fisher_projection", "kl_flip", "hawq_trace", "activation_error")
+SOLVE_BY_DEFAULT = ("fisher_anchored", "fisher_scaled", "fisher")
+"""Damages that one measurement leaves: the first that is there is solved with when none is named."""
+
+SOLVE_WITH = (*SOLVE_BY_DEFAULT, "fisher_projection", "kl_flip", "hawq_trace", "activation_error")
 """Damages to solve with, the one to ask first comes first."""
 
 

@@ -50,7 +50,7 @@ def page() -> None:
 def _split(study: Study, table: KvTable) -> None:
     """One memory for weights and cache."""
     geometry = study.index.kv
-    weights = [m for m in SOLVE_WITH[:4] if m in study.damage_metrics]
+    weights = [m for m in SOLVE_WITH[:5] if m in study.damage_metrics]
     if geometry is None or not weights:
         st.caption(
             "Measure a damage of the weights in nats per token (fisher) to see how one memory should be split."

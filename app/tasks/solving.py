@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitatlas.analysis.schema import (
-    SOLVE_WITH,
+    SOLVE_BY_DEFAULT,
     Allocation,
     Budget,
     Frontier,
@@ -71,8 +71,8 @@ def find_table(store: Store, index: ModelIndex, metric: str, formats: tuple[str,
 
 
 def default_metric(store: Store, index: ModelIndex, formats: tuple[str, ...]) -> str:
-    """What is solved with where no damage is named: ``fisher_scaled``, or ``fisher`` where only that was measured."""
-    return next((m for m in SOLVE_WITH[:2] if store.latest_run(index.digest, m, formats)), "fisher")
+    """What is solved with where no damage is named: the first of `SOLVE_BY_DEFAULT` that was measured."""
+    return next((m for m in SOLVE_BY_DEFAULT if store.latest_run(index.digest, m, formats)), "fisher")
 
 
 def build_problem(
@@ -171,7 +171,7 @@ def solve(
 ) -> Allocation:
     """The best allocation that a solver finds within a budget; stored, and written to ``output`` when named.
 
-    ``metric``: a measured damage; by default ``fisher_scaled``, or ``fisher`` where only that was measured.
+    ``metric``: a measured damage; by default ``fisher_anchored``, ``fisher_scaled`` or ``fisher``, the first that was measured.
     ``kv``: K and V of every layer get formats too, under the same ``fit`` budget; ``kv_bits`` gives all layers the same,
     ``kv_plan`` each its own (`app.kv_plan`).
     Further limits hold beside the bytes (`app.side_budgets`): ``latency_ms`` of one decoding step of ``batch`` sequences by the

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["count", "duration", "metric_unit", "params", "short_bytes"]
 
 _NATS = (
-    "fisher_projection", "fisher_trace", "fisher", "fisher_scaled", "kl_flip", "logit_gram", "fisher_diag", "kfac", "ekfac", "delta_ce", "ce_first_order",
+    "fisher_projection", "fisher_trace", "fisher", "fisher_scaled", "fisher_anchored", "kl_flip", "logit_gram", "fisher_diag", "kfac", "ekfac", "delta_ce", "ce_first_order",
     "ce_gauss_newton", "hawq_trace", "mixllm_salience", "taylor", "taylor_output", "prune", "kv_output", "kv_fisher", "kv_flip",
 )  # fmt: skip
 _OUTPUT = "squared activation per token"
