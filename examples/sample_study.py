@@ -47,19 +47,19 @@ def make(folder: Path) -> None:
         "demo", "kl_flip,hawq_trace", formats=FORMATS, tokens=4096, seq_len=128, wait=True, on_progress=told
     )
     plans = [
-        tasks.solve("demo", metric="fisher_scaled", solver="mckp", formats=FORMATS, bits=b) for b in BUDGETS
+        tasks.solve("demo", metric="fisher_anchored", solver="mckp", formats=FORMATS, bits=b) for b in BUDGETS
     ]
     plans += [
-        tasks.solve("demo", metric="fisher_scaled", solver="uniform", formats=name, bits=16)
+        tasks.solve("demo", metric="fisher_anchored", solver="uniform", formats=name, bits=16)
         for name in UNIFORM
     ]
     plans += [tasks.solve("demo", metric=m, solver="mckp", formats=FORMATS, bits=3.0) for m in RIVALS]
     plans += [
-        tasks.solve("demo", metric="fisher_scaled", solver=s, formats=FORMATS, bits=3.5)
+        tasks.solve("demo", metric="fisher_anchored", solver=s, formats=FORMATS, bits=3.5)
         for s in ("attention_high", "first_last")
     ]
     tasks.verify("demo", plans, tokens=8192, seq_len=256, wait=True, on_progress=told)
-    tasks.frontier("demo", metric="fisher_scaled", formats=FORMATS, points=64)
+    tasks.frontier("demo", metric="fisher_anchored", formats=FORMATS, points=64)
     draft = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     Store(Home.default()).export_study(tasks.open_index("demo").digest, draft)

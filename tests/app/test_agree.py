@@ -112,9 +112,8 @@ def test_the_trust_table(measured):
     assert 0.2 < fisher.ratio < 5
     assert sum(fisher.band_counts.values()) <= 12
     assert (fisher.calibration_runs, fisher.same_text) == (2, False)
-    assert fisher.cost_ratio_same_text == pytest.approx(
-        (3 + 4) / (len(index.units) * 3)
-    )  # probes; the original and three uniform models
+    # Probes; the original and three uniform models; the original and both passes at four anchors.
+    assert fisher.cost_ratio_same_text == pytest.approx((3 + 4 + 13) / (len(index.units) * 3))
     assert np.isnan(rows["fisher+pairs"].flip_spearman)
     assert np.isnan(rows["quantmoe_outlier"].flip_spearman)
     assert rows["weight_error"].forward_equivalents == 0
