@@ -7,7 +7,7 @@ One JSON line per search, seed and step is appended to benchmarks/results/search
 problem, pool of text and quantised weights. Searches that need damages have the tokens of the Fisher projection on their
 account from the start, the others begin at 0; a backward pass counts as two forward passes, and prefix reuse is not credited.
 ``path`` and ``refine`` begin with the exact knapsack's answer. The held-out text chooses nothing and its tokens are nobody's. Interrupted, it
-goes on at the last step (state under --parts).
+goes on at the last step (state under --parts). The exact solutions of ``fisher`` and ``fisher_anchored`` are verified beside the ends.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def main() -> None:
     rows = run_metric(metric, ctx, Path(args.parts) / f"{index.digest[:12]}-{args.measure_tokens}")
     cost = metric.cost(ctx)
     paid = int(cost.forward_tokens + 2 * cost.backward_tokens)
-    table = SensitivityTable.from_rows([r for r in rows if r.metric == "fisher"], index.unit_keys())
+    table, anchored = (
+        SensitivityTable.from_rows([r for r in rows if r.metric == m], index.unit_keys())
+        for m in ("fisher", "fisher_anchored")
+    )
     pool = make_calibration(ctx.loaded.tokenizer, args.calibration, args.pool, args.seq_len, 0)
     held_out = make_calibration(ctx.loaded.tokenizer, args.text, args.tokens, args.seq_len, 0)
     check_disjoint(pool, held_out)
@@ -108,6 +111,8 @@ def main() -> None:
                 )
             print(line)
         finals[f"fisher {bits}"] = first
+        asked = Problem.build(index, anchored, formats, problem.limit_bytes)
+        finals[f"fisher_anchored {bits}"] = get_solver("mckp").solve(asked).choice
     verify(ctx.loaded, index, held_out.tokens, [f.name for f in formats], finals, args)
 
 

@@ -13,6 +13,7 @@ from bitatlas.app.charts import sensitivity_map as chart
 from bitatlas.app.studies import Study
 from bitatlas.app.views import sensitivity_map as views
 from bitatlas.app.views import unit_table
+from bitatlas.app.views.fit_controls import preferred
 from bitatlas.app.views.metric_agreement import trust_badge, trust_line
 from bitatlas.app.views.words import count
 from bitatlas.app.widgets.boxes import empty_state, error_box
@@ -48,7 +49,10 @@ def page() -> None:
 
 def _controls(study: Study) -> views.MapControls:
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
-        metric = st.selectbox("Metric", list(study.tables), key="metric", bind="query-params", width=185)
+        metrics = list(study.tables)
+        metric = st.selectbox(
+            "Metric", metrics, index=preferred(metrics), key="metric", bind="query-params", width=185
+        )
         formats = study.tables[metric].formats
         chosen, normalise, projection, ordered = NO_FORMAT, "as measured", views.ALL, False
         if formats != (NO_FORMAT,):

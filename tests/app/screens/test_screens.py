@@ -6,9 +6,11 @@ import re
 
 import pytest
 
+from bitatlas.analysis.schema import DamageRow
 from bitatlas.app import state
 from bitatlas.app.screens import SCREENS
 from bitatlas.app.selection import Selection
+from bitatlas.cache.store import Store
 from tests.app.screens.pages import heading, open_page
 
 
@@ -50,6 +52,19 @@ def test_map_draws_and_names_the_answer(filled):
     table = at.dataframe[0].value
     assert len(table) == 6 * 7 + 1
     assert table["value"].is_monotonic_decreasing
+
+
+def test_map_opens_on_the_damage_to_solve_with_not_on_the_newest(filled, home):
+    store = Store(home)
+    digest = next(m["digest"] for m in store.models() if filled[0].endswith(m["digest"][:8]))
+    units = store.model(digest).unit_keys()
+    for name in ("fisher_scaled", "alphaq_alpha"):  # the newest comes first in the picker
+        store.begin_run(f"late {name}", digest, name)
+        store.write_step(f"late {name}", "a", [DamageRow(name, u, "int3-g64", 1.0) for u in units])
+        store.finish_run(f"late {name}")
+    at = open_page("map", study=filled[0])
+    assert at.selectbox(key="metric").options.index("alphaq_alpha") == 0
+    assert at.selectbox(key="metric").value == "fisher_scaled"
 
 
 def test_map_deep_link_with_selection_and_pins(filled):
