@@ -56,7 +56,7 @@ class FisherProjection(ProbeMetric):
     SOURCE = "second-order KL with sampled labels (Martens 2020, eq. 10); <G, dW> for all units and formats in one pass"
     ADDITIVE = True
     EMITS = ("fisher_projection", "fisher_trace", "fisher", "fisher_scaled", "fisher_anchored")
-    VERSION = 3
+    VERSION = 4
     SETTINGS: ClassVar = {**PROBE_SETTINGS, "whole_tokens": 1024, "front_tokens": 2048}
     """whole_tokens: calibration tokens on which the model is measured as a whole in each format; 0 = not at all.
     front_tokens: calibration tokens for the slopes at each anchor; 0 = none, as when nothing is measured as a whole.
@@ -68,24 +68,23 @@ class FisherProjection(ProbeMetric):
         self._known: tuple[MeasureContext, _Tables] | None = None
 
     def plan(self, ctx: MeasureContext) -> list[str]:
-        """Chunks of probes, ``whole FORMAT`` for each format, then ``front KEY`` for chunks at the anchors."""
+        """Chunks of probes, ``whole FORMAT`` for each format, then ``front GROUP: part 1 of 2`` at the anchors."""
         return self._probes(ctx) + [_WHOLE + f.name for f in self._measured(ctx)] + list(self._front(ctx))
 
     def _probes(self, ctx: MeasureContext) -> list[str]:
         return super().plan(ctx)
 
-    def _front(self, ctx: MeasureContext) -> dict[str, tuple[str, slice]]:
+    def _front(self, ctx: MeasureContext) -> dict[str, tuple[str, np.ndarray]]:
         """Step key -> group of layers and its calibration sequences."""
-        if not self._measured(ctx):
+        if not self._measured(ctx) or not int(self.option(ctx, "front_tokens")):
             return {}
-        count, length = sequences_of(ctx)
-        count = min(count, -(-int(self.option(ctx, "front_tokens")) // length))
-        each = max(1, _FRONT_TOKENS // length)
+        chosen = self._spread(ctx, int(self.option(ctx, "front_tokens")))
+        chunks = np.array_split(chosen, -(-len(chosen) * sequences_of(ctx)[1] // _FRONT_TOKENS))
         return {
-            f"{_FRONT}{group}: sequences {start}-{min(start + each, count) - 1}": (group, slice(start, min(start + each, count)))
+            f"{_FRONT}{group}: part {i} of {len(chunks)}": (group, chunk)
             for group in self._groups(ctx)
-            for start in range(0, count, each)
-        }  # fmt: skip
+            for i, chunk in enumerate(chunks, 1)
+        }
 
     def step(self, ctx: MeasureContext, key: str) -> StepResult:
         """A chunk of probes, or the KL (S,) of the model with all units in a format, and the noise (1,)."""
@@ -104,23 +103,24 @@ class FisherProjection(ProbeMetric):
             return self.step(ctx, key)
         from bitatlas.analysis.fisher.whole import WholeModel
 
-        group, rows = self._front(ctx)[key]
+        group, chosen = self._front(ctx)[key]
+        ids = ctx.calibration.tokens[chosen]
         units = units_of_group(ctx.index.units, group)
         choices = front_choices(self._tables(ctx, parts).scaled[0], ctx.index.bytes_table(ctx.formats))
         probes = self._probe_pass(ctx, group, units)
         place = {u.key: i for i, u in enumerate(ctx.index.units)}
-        whole = WholeModel(probes.loaded, ctx.calibration.tokens[rows], ctx.index.units, ctx.weight)
+        whole = WholeModel(probes.loaded, ids, ctx.index.units, ctx.weight)
         slopes, kl = np.zeros((len(choices), len(units), len(ctx.formats))), np.zeros(len(choices))
         for i, choice in enumerate(choices):
             with whole.placed(lambda u, at=choice: ctx.candidate(u, ctx.formats[at[place[u.key]]])):  # type: ignore[misc]
-                for ids, logits in whole.batches:
-                    found, nats = probes.slopes(ids, logits)
+                for batch, logits in whole.batches:
+                    found, nats = probes.slopes(batch, logits)
                     slopes[i] += found
                     kl[i] += nats
         return StepResult(
             arrays={
                 "choice": choices, "slopes": slopes, "kl": kl, "place": np.array([place[u.key] for u in units]),
-                "sequences": np.arange(rows.start, rows.stop), "tokens": np.array(ctx.calibration.tokens[rows].size),
+                "sequences": chosen, "tokens": np.array(ids.size),
             }
         )  # fmt: skip
 
@@ -129,7 +129,7 @@ class FisherProjection(ProbeMetric):
             from bitatlas.analysis.fisher.whole import WholeModel
 
             loaded, tokens = ctx.loaded_in(str(self.option(ctx, "dtype"))), ctx.calibration.tokens
-            whole = WholeModel(loaded, tokens[: self._sequences(ctx)], ctx.index.units, ctx.weight)
+            whole = WholeModel(loaded, tokens[self._whole_sequences(ctx)], ctx.index.units, ctx.weight)
             self._whole = ctx, whole
         return self._whole[1]
 
@@ -137,8 +137,8 @@ class FisherProjection(ProbeMetric):
         """The probes; a forward pass over a few sequences for the original and each format; both passes at each anchor."""
         cost, formats = super().cost(ctx), len(self._measured(ctx))
         length = sequences_of(ctx)[1]
-        whole = (formats + 1) * self._sequences(ctx) * length if formats else 0
-        front = sum(rows.stop - rows.start for _, rows in self._front(ctx).values()) * length
+        whole = (formats + 1) * len(self._whole_sequences(ctx)) * length if formats else 0
+        front = sum(len(chosen) for _, chosen in self._front(ctx).values()) * length
         return replace(
             cost, steps=len(self.plan(ctx)),
             forward_tokens=cost.forward_tokens + whole + (1 + len(LEVELS)) * front,
@@ -153,9 +153,14 @@ class FisherProjection(ProbeMetric):
             else ()
         )
 
-    def _sequences(self, ctx: MeasureContext) -> int:
+    def _whole_sequences(self, ctx: MeasureContext) -> np.ndarray:
+        return self._spread(ctx, max(int(self.option(ctx, "whole_tokens")), 2 * sequences_of(ctx)[1]))
+
+    def _spread(self, ctx: MeasureContext, tokens: int) -> np.ndarray:
+        """Numbers of sequences that hold ``tokens``, from all over the text: those that follow each other are of one article."""
         count, length = sequences_of(ctx)
-        return min(count, max(2, int(self.option(ctx, "whole_tokens")) // length))
+        wanted = min(count, max(1, -(-tokens // length)))
+        return ((np.arange(wanted) + 0.5) * count // wanted).astype(np.int64)
 
     def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
         """The tables from all probes."""
