@@ -29,7 +29,7 @@ BEND = 1.5
 """Of the second order: 1 is the table's own; where damages add up to more than their sum it is more."""
 
 SHARE = 0.4
-"""Of the slopes in the average where the KL is high; half of that at the lowest level. They know the allocation and come from
+"""Of the slopes in the average where the KL is high; half of that at the second level. They know the allocation and come from
 little text, the table comes from more."""
 
 _LEAST = 0.05  # of the original's damage: less is not believed of slopes
@@ -83,7 +83,7 @@ def belief(damage: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
     saved = nbytes[rows, best][:, None] - nbytes
     worth = np.where(saved > 0, damage - damage[rows, best][:, None], 0.0) / np.maximum(saved, 1)
     level = np.interp(np.log(np.maximum(worth, np.exp(_PRICES[0]))), prices, levels)
-    return SHARE * level / (level + LEVELS[0])
+    return SHARE * level / (level + LEVELS[1])
 
 
 def slope_table(

@@ -83,12 +83,12 @@ def test_slopes_count_where_the_kl_is_high():
     rows = np.arange(40)
     assert (share[rows, damage.argmin(1)] == share.min()).all()  # the best saves nothing
     assert (np.diff(share, axis=1) <= 1e-12).all()  # and fewer bits are bought at higher levels
-    # A format at the very price at which the whole front costs as much as the lowest level.
+    # A format at the very price at which the whole front costs as much as the second level.
     at = np.abs(share - SHARE / 2).argmin()
     unit, fmt = divmod(int(at), 4)
     price = (damage[unit, fmt] - damage[unit, 3]) / 100 / (nbytes[unit, 3] - nbytes[unit, fmt])
     total = damage[rows, (damage / 100 + price * nbytes).argmin(1)].sum() / 100
-    assert share[unit, fmt] == pytest.approx(SHARE * total / (total + LEVELS[0]), rel=0.2)
+    assert share[unit, fmt] == pytest.approx(SHARE * total / (total + LEVELS[1]), rel=0.2)
 
 
 def test_parts_of_a_text_hold_units_and_texts_are_averaged():
