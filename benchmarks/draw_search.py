@@ -38,19 +38,19 @@ def runs(rows: list[dict[str, Any]]) -> dict[tuple[str, float, int], list[dict[s
 
 def curve(rows: list[dict[str, Any]]) -> go.Figure:
     """Held-out KL with its standard error over forward-equivalent tokens, logarithmic."""
-    figure = go.Figure()
+    figure, budgets = go.Figure(), sorted({bits for _, bits, _ in runs(rows)})
     for (search, bits, seed), steps in runs(rows).items():
         figure.add_scatter(
             x=[s["forward_equivalents"] for s in steps], y=[s["kl_held_out"] for s in steps], mode="lines+markers",
             error_y={"type": "data", "array": [s["kl_held_out_stderr"] for s in steps], "thickness": 0.5, "width": 0},
             name=f"{TITLES.get(search, search)}, {bits:g} bits, seed {seed}", marker={"size": 5},
-            line={"color": COLOURS.get(search, "#334155")},
+            line={"color": COLOURS.get(search, "#334155"), "dash": ("solid", "dot", "dash", "dashdot")[budgets.index(bits) % 4]},
         )  # fmt: skip
     figure.update_layout(
-        template="plotly_white", width=900, height=480, margin={"l": 70, "r": 20, "t": 20, "b": 60},
+        template="plotly_white", width=900, height=480, margin={"l": 70, "r": 20, "t": 70, "b": 60},
         xaxis={"type": "log", "title": "forward-equivalent tokens spent", "tickvals": [s * 10**p for p in (4, 5, 6, 7) for s in (1, 3)]},
         yaxis={"title": "KL on held-out text, nats per token"},
-        legend={"x": 0.98, "y": 0.98, "xanchor": "right"},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
     )  # fmt: skip
     return figure
 
