@@ -16,7 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -314,11 +314,17 @@ def part_path(parts_dir: str | Path, key: str) -> Path:
 
 
 class PartsOnDisk(Mapping[str, Mapping[str, np.ndarray]]):
-    """step key -> arrays, each read when asked for, so that a run larger than memory can be reduced."""
+    """step key -> arrays, each read when asked for, so that a run larger than memory can be reduced.
 
-    def __init__(self, parts_dir: str | Path, keys: Collection[str]) -> None:
-        self._dir = Path(parts_dir)
-        self._keys = tuple(keys)
+    ``keys`` may be a function: most steps ask for no part, and a plan over thousands of units takes its time.
+    """
+
+    def __init__(self, parts_dir: str | Path, keys: Collection[str] | Callable[[], Collection[str]]) -> None:
+        self._dir, self._plan = Path(parts_dir), keys
+
+    @cached_property
+    def _keys(self) -> dict[str, None]:
+        return dict.fromkeys(self._plan() if callable(self._plan) else self._plan)
 
     def __getitem__(self, key: str) -> Mapping[str, np.ndarray]:
         found = _read_part(part_path(self._dir, key)) if key in self._keys else None
@@ -341,7 +347,8 @@ def run_step(metric: Metric, ctx: MeasureContext, parts_dir: str | Path, key: st
         return found[0]
     if "quantizer" in metric.SETTINGS:
         ctx.prepare()
-    return save_step(parts_dir, key, metric.step_after(ctx, key, PartsOnDisk(parts_dir, metric.plan(ctx))))
+    parts = PartsOnDisk(parts_dir, partial(metric.plan, ctx))
+    return save_step(parts_dir, key, metric.step_after(ctx, key, parts))
 
 
 def save_step(parts_dir: str | Path, key: str, result: StepResult) -> list[DamageRow]:

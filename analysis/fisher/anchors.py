@@ -139,14 +139,14 @@ def anchored(
     """
     known = np.isfinite(scaled).all(1)
     choices = parts[0]["choice"][:, known]
-    chunks: dict[bytes, np.ndarray] = {}
+    chunks: dict[bytes, tuple[float, np.ndarray]] = {}
     for part in parts:
-        shape = (len(choices), *scaled.shape)
-        whole = chunks.setdefault(part["sequences"].tobytes(), np.zeros(shape))
-        whole[:, part["place"]] = part["slopes"] / part["tokens"]
-    tokens = {part["sequences"].tobytes(): float(part["tokens"]) for part in parts}
-    weight = np.array([tokens[chunk] for chunk in chunks])[:, None, None] / sum(tokens.values())
-    each = np.stack([slope_table(damage[known], choices, slopes[:, known]) for slopes in chunks.values()])
+        empty = float(part["tokens"]), np.zeros((len(choices), *scaled.shape))
+        tokens, slopes = chunks.setdefault(part["sequences"].tobytes(), empty)
+        slopes[:, part["place"]] = part["slopes"] / tokens
+    total = np.array([tokens for tokens, _ in chunks.values()])
+    weight = total[:, None, None] / total.sum()
+    each = np.stack([slope_table(damage[known], choices, slopes[:, known]) for _, slopes in chunks.values()])
     said = (weight * each).sum(0)
     best = damage[known].argmin(1)[:, None]
     offset = np.take_along_axis((scaled - damage)[known], best, 1)

@@ -172,10 +172,8 @@ class ProbePass:
         Returns:
             <gradient, Q_f(W) - W> (U, F) and the KL, nats.
         """
-        a, gsq = (
-            np.zeros((1, len(self._units), self.store.n_formats), np.float32),
-            np.zeros((1, len(self._units))),
-        )
+        a = np.zeros((1, len(self._units), self.store.n_formats), np.float32)
+        gsq = np.zeros((1, len(self._units)))
         with self._consumed(a, gsq, [0]), torch.enable_grad():
             logits = self.loaded.logits(ids)
             # d KL(p || q) / d logits of q = q - p

@@ -48,8 +48,7 @@ class WholeModel:
         size = max(1, _BATCH_TOKENS // tokens.shape[1])
         parts = [np.ascontiguousarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
         self._loaded, self._units, self._weight = loaded, tuple(units), original
-        ids = [torch.from_numpy(part) for part in parts]
-        self.batches = [(part, loaded.logits(part)) for part in ids]
+        self.batches = [(ids, loaded.logits(ids)) for ids in map(torch.from_numpy, parts)]
 
     @cached_property
     def noise(self) -> float:

@@ -69,10 +69,7 @@ class FisherProjection(ProbeMetric):
 
     def plan(self, ctx: MeasureContext) -> list[str]:
         """Chunks of probes, ``whole FORMAT`` for each format, then ``front GROUP: part 1 of 2`` at the anchors."""
-        return self._probes(ctx) + [_WHOLE + f.name for f in self._measured(ctx)] + list(self._front(ctx))
-
-    def _probes(self, ctx: MeasureContext) -> list[str]:
-        return super().plan(ctx)
+        return super().plan(ctx) + [_WHOLE + f.name for f in self._measured(ctx)] + list(self._front(ctx))
 
     def _front(self, ctx: MeasureContext) -> dict[str, tuple[str, np.ndarray]]:
         """Step key -> group of layers and its calibration sequences."""
@@ -103,6 +100,7 @@ class FisherProjection(ProbeMetric):
             return self.step(ctx, key)
         from bitatlas.analysis.fisher.whole import WholeModel
 
+        self._whole = None  # its logits make room
         group, chosen = self._front(ctx)[key]
         ids = ctx.calibration.tokens[chosen]
         units = units_of_group(ctx.index.units, group)
@@ -190,7 +188,7 @@ class FisherProjection(ProbeMetric):
         return self._known[1]
 
     def _reduced(self, ctx: MeasureContext, parts: Parts) -> _Tables:
-        joined = self.joined({key: parts[key] for key in self._probes(ctx)})
+        joined = self.joined({key: parts[key] for key in super().plan(ctx)})
         probes, units = ProbeMatrix.of(joined), ctx.index.units
         params = np.array([u.params for u in units], np.float64)
         best = posterior(probes, params, [u.role for u in units], pools=[_pool(u) for u in units])

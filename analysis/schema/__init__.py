@@ -13,6 +13,7 @@ from bitatlas.analysis.schema.allocation import (
     resolve_pins,
 )
 from bitatlas.analysis.schema.damage import (
+    KL_DAMAGES,
     NO_FORMAT,
     SOLVE_BY_DEFAULT,
     SOLVE_WITH,
@@ -39,6 +40,7 @@ __all__ = [
     "ALLOCATION_SCHEMA",
     "FORMATS",
     "KV16",
+    "KL_DAMAGES",
     "KV_DAMAGES",
     "KV_FORMATS",
     "NO_FORMAT",

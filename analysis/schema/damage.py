@@ -11,7 +11,15 @@ import numpy as np
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import FORMATS
 
-__all__ = ["NO_FORMAT", "SOLVE_BY_DEFAULT", "SOLVE_WITH", "DamageRow", "Provenance", "SensitivityTable"]
+__all__ = [
+    "KL_DAMAGES",
+    "NO_FORMAT",
+    "SOLVE_BY_DEFAULT",
+    "SOLVE_WITH",
+    "DamageRow",
+    "Provenance",
+    "SensitivityTable",
+]
 
 NO_FORMAT = "-"
 """The format column of a metric that does not depend on the format (routing counts, alpha)."""
@@ -19,7 +27,10 @@ NO_FORMAT = "-"
 SOLVE_BY_DEFAULT = ("fisher_anchored", "fisher_scaled", "fisher")
 """Damages that one measurement leaves: the first that is there is solved with when none is named."""
 
-SOLVE_WITH = (*SOLVE_BY_DEFAULT, "fisher_projection", "kl_flip", "hawq_trace", "activation_error")
+KL_DAMAGES = (*SOLVE_BY_DEFAULT, "fisher_projection", "kl_flip")
+"""Damages that predict the KL itself, so that those of the cache can be added; the one to ask first comes first."""
+
+SOLVE_WITH = (*KL_DAMAGES, "hawq_trace", "activation_error")
 """Damages to solve with, the one to ask first comes first."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from bitatlas.analysis.schema import KV_DAMAGES, SOLVE_WITH, KvTable, UserError
+from bitatlas.analysis.schema import KL_DAMAGES, KV_DAMAGES, KvTable, UserError
 from bitatlas.app.charts import kv as charts
 from bitatlas.app.studies import Study
 from bitatlas.app.views import fit_controls
@@ -50,7 +50,7 @@ def page() -> None:
 def _split(study: Study, table: KvTable) -> None:
     """One memory for weights and cache."""
     geometry = study.index.kv
-    weights = [m for m in SOLVE_WITH[:5] if m in study.damage_metrics]
+    weights = [m for m in KL_DAMAGES if m in study.damage_metrics]
     if geometry is None or not weights:
         st.caption(
             "Measure a damage of the weights in nats per token (fisher) to see how one memory should be split."
