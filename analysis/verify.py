@@ -73,7 +73,8 @@ class Verifier:
         calibration: (S, T) int64 tokens for quantisers that need the units' inputs.
         packed: label -> logits (B, T, V) of token ids (B, T): models that are there already, judged beside the allocations.
         kv: label -> (layer -> formats of K and V, rules of the window) where the cache is not at 16 bits: every position
-            reads K and V as a decoding step would (`analysis.kv.tap`).
+            reads K and V as a decoding step would (`analysis.kv.tap`). Models of ``packed`` read their cache themselves;
+            named here, the text is checked to be long enough for it.
 
     Raises:
         UserError: an allocation does not name exactly the units of the index, or there is no text.

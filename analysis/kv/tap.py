@@ -24,7 +24,7 @@ from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.kv.cache import attention_layers
 from bitatlas.kernels.kv.formats import KvLayout
 
-__all__ = ["Attention", "KvRead", "KvReader", "TapCache", "read_through"]
+__all__ = ["Attention", "KvRead", "KvReader", "TapCache", "read_logits", "read_through"]
 
 _NAME = "bitatlas_kv"
 
@@ -129,6 +129,18 @@ def read_through(model: nn.Module, reader: KvReader) -> Iterator[None]:
         for config, name in before:
             config._attn_implementation_internal = name
         _ACTIVE.reset(token)
+
+
+def read_logits(model: Any, ids: Tensor, reader: KvReader) -> Tensor:
+    """Next-token logits (B, T, V), float32, of token ids (B, T), K and V read as ``reader`` says.
+
+    Raises:
+        UserError: an architecture whose attention cannot be exchanged.
+    """
+    with read_through(model, reader):
+        cache = TapCache(model.config, reader)
+        logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    return logits.float()
 
 
 def packed_seen(layout: KvLayout, tokens: int, device: torch.device | str = "cpu") -> Tensor:

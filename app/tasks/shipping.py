@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
+from bitatlas.app.talker import Talker
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.solving import read_allocation
@@ -90,13 +91,6 @@ def generate(directory: str | Path, prompt: str, *, max_new_tokens: int = 64) ->
     Returns:
         prompt, text (the continuation with the prompt), tokens, kv_bytes (of K and V at the end, measured; None for a cache at the model's own precision).
     """
-    import torch
-
-    from bitatlas.analysis.calibration import load_tokenizer
-    from bitatlas.kernels.kv.attention import attend_packed
-    from bitatlas.kernels.kv.cache import PackedKvCache
-    from bitatlas.kernels.packed import load
-
     folder = Path(directory)
     if not folder.is_dir():
         raise UserError(
@@ -106,23 +100,14 @@ def generate(directory: str | Path, prompt: str, *, max_new_tokens: int = 64) ->
         )
     if not 1 <= max_new_tokens <= 4096:
         raise UserError("the number of new tokens must be between 1 and 4096", found=str(max_new_tokens))
-    model = load(folder)
-    tokenizer = load_tokenizer(folder)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    if ids.shape[1] == 0:
-        raise UserError("the prompt is empty")
-    plan = read_allocation(folder / "allocation.json") if (folder / "allocation.json").is_file() else None
-    cache = PackedKvCache(model.config, plan.kv_plan, plan.kv_layout) if plan and plan.kv else None
-    with torch.no_grad(), attend_packed(model, cache):
-        out = model.generate(
-            ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id,
-            past_key_values=cache,
-        )  # fmt: skip
+    talker = Talker.packed(folder)
+    ids = talker.ids(prompt)
+    out, kv_bytes = talker.go_on(ids, max_new_tokens)
     return {
         "prompt": prompt,
-        "text": tokenizer.decode(out[0], skip_special_tokens=True),
+        "text": talker.tokenizer.decode(out[0], skip_special_tokens=True),
         "tokens": int(out.shape[1] - ids.shape[1]),
-        "kv_bytes": cache.nbytes if cache else None,
+        "kv_bytes": kv_bytes,
     }
 
 

@@ -37,7 +37,8 @@ def submit_verify(
 
     Args:
         model: the original.
-        allocations: files, `Allocation` objects, or folders that `pack` wrote.
+        allocations: files, `Allocation` objects, or folders that `pack` wrote. Where an allocation plans the K/V cache,
+            every position reads it in those formats, for a folder as for a file; the original keeps its own precision.
         text, tokens, seq_len, seed: the held-out text, and how much of it.
         quantizer: how codes are chosen; with the defaults the same as in `pack`. A packed folder brings its own.
         calibration, calibration_tokens, calibration_seq_len: text for quantisers that need one.
@@ -118,6 +119,8 @@ def _packed(folder: Path, index: ModelIndex, store: Store) -> dict[str, str]:
         "folder": str(folder),
         "sha": digest(manifest.to_json()),
         "allocation": store.put_allocation(plan),
+        # Earlier versions read K and V at 16 bits whatever the plan said: their results are of another request.
+        **({"kv": "as planned"} if plan.kv else {}),
     }
 
 
@@ -164,8 +167,10 @@ def submit_answers(
     if not 1 <= max_new_tokens <= 4096:
         raise UserError("the number of new tokens must be between 1 and 4096", found=str(max_new_tokens))
     about = _packed(Path(packed).expanduser().resolve(), index, Store(Home.default()))
-    params = {"model": index.path, "digest": index.digest, "packed": about["folder"], "sha": about["sha"],
-              "prompts": asked, "max_new_tokens": max_new_tokens}  # fmt: skip
+    params: dict[str, Any] = {
+        "model": index.path, "digest": index.digest, "packed": about["folder"], "sha": about["sha"], "prompts": asked,
+        "max_new_tokens": max_new_tokens, **({"kv": about["kv"]} if "kv" in about else {}),
+    }  # fmt: skip
     return submit("answers", params, f"answers of {index.name} and {Path(about['folder']).name}")
 
 

@@ -23,14 +23,19 @@ from bitatlas.kernels.packed.manifest import Manifest
 __all__ = ["VerifyWork"]
 
 
-def _packed_model(packed: dict[str, str]) -> Callable[[Tensor], Tensor]:
-    """Logits of a packed folder, as long as it is the one that the job was asked about."""
+def _packed_model(packed: dict[str, str], plan: Allocation) -> Callable[[Tensor], Tensor]:
+    """Logits of a packed folder, as long as it is the one that the job was asked about; K and V as its plan says."""
+    from bitatlas.analysis.kv.readers import PlanReader
+    from bitatlas.analysis.kv.tap import read_logits
     from bitatlas.kernels.packed import load
 
     if digest(Manifest.read(Path(packed["folder"])).to_json()) != packed["sha"]:
         raise UserError(f"{packed['folder']} changed since this job was submitted", fix="submit it again")
     model = load(packed["folder"])
-    return lambda ids: model(input_ids=ids, use_cache=False).logits.float()
+    if not plan.kv:
+        return lambda ids: model(input_ids=ids, use_cache=False).logits.float()
+    reader = PlanReader(plan.kv_plan, plan.kv_layout)
+    return lambda ids: read_logits(model, ids, reader)
 
 
 class VerifyWork(Work):
@@ -69,11 +74,13 @@ class VerifyWork(Work):
         source = loadable(self.index, self.home)
         loaded = LoadedModel.open(source)
         formats = {key: a.formats for key, a in self.allocations.items()}
-        kv = {key: (a.kv_plan, a.kv_layout) for key, a in self.allocations.items()}
+        packed = {p["folder"]: p for p in self.params.get("packed", [])}
+        plans = {folder: Store(self.home).allocation(p["allocation"]) for folder, p in packed.items()}
+        kv = {key: (a.kv_plan, a.kv_layout) for key, a in (self.allocations | plans).items()}
         return Verifier(
             loaded, source, self.text.tokens, formats, quantizer=self.params.get("quantizer", "rtn"),
             calibration=None if self.calibration is None else self.calibration.tokens,
-            packed={p["folder"]: _packed_model(p) for p in self.params.get("packed", [])},
+            packed={folder: _packed_model(p, plans[folder]) for folder, p in packed.items()},
             kv=kv,
         )  # fmt: skip
 

@@ -22,6 +22,7 @@ from bitatlas.app.work.pack import pack_model
 from bitatlas.cache.paths import Home
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import parse_format
+from bitatlas.kernels.kv.cache import PackedKvCache
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
@@ -79,6 +80,31 @@ def test_the_template_is_used_and_the_answer_is_generates_own(model: Path, packe
         tasks.chat(packed, ["hi"], max_new_tokens=0)
     with pytest.raises(UserError):
         tasks.chat(model.parent / "nothing", ["hi"])
+
+
+def test_a_folder_with_a_kv_plan_answers_from_the_packed_cache(model: Path, tmp_path: Path) -> None:
+    import torch
+
+    index = index_model(model)
+    chosen = dict.fromkeys(index.unit_keys(), "int8-g32")
+    plan = Allocation(index.digest, index.name, chosen, 1, 1, 8.0, kv={0: ("kv2-channel", "kv2-token")}, kv_block=4,
+                      kv_residual=0)  # fmt: skip
+    pack_model(index, plan, tmp_path / "packed")
+    talker, ids = Talker.packed(tmp_path / "packed"), torch.arange(1, 40).view(1, -1)
+    out, kv_bytes = talker.go_on(ids, 24)
+    assert kv_bytes
+    cache = PackedKvCache(talker.model.config, plan.kv_plan, plan.kv_layout)
+    want = talker.model.generate(
+        ids, max_new_tokens=24, do_sample=False, pad_token_id=0, past_key_values=cache
+    )
+    assert torch.equal(out, want)
+    assert kv_bytes == cache.nbytes  # measured: the cache was there and is packed
+    made: list[int | None] = []
+    talker.go_on = lambda ids, n: made.append(n) or (ids, None)
+    talker.answer([{"role": "user", "content": "hi"}], 5)
+    assert made == [5]
+    original = Talker.original(index)
+    assert original.go_on(ids, 4)[1] is None
 
 
 def test_answers_side_by_side(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,30 @@ def test_a_packed_folder_and_its_plan_are_judged_alike(
         ("awq", True),
         ("rtn", False),
     ]
+
+
+def test_a_folder_with_a_kv_plan_reads_the_cache_by_it(
+    tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, home = tiny_checkpoint("qwen3"), Home(tmp_path / "home")
+    monkeypatch.setenv("BITATLAS_HOME", str(home.root))
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(verifying, "submit", lambda kind, params, title: asked.append(params) or "job")
+    plain = uniform(model, "int8-g32")
+    plan = replace(plain, kv={0: ("kv2-channel", "kv2-token")}, kv_block=4, kv_residual=2)
+    for name, allocation in (("packed", plan), ("plain", plain)):
+        pack_model(index_model(model), allocation, tmp_path / name)
+    folders = [tmp_path / "packed", tmp_path / "plain"]
+    verifying.submit_verify(model, [plan, *folders], text=text, tokens=256, seq_len=32)
+    planned, shipped, at_16_bits = run("verify", asked[0], home)["results"]
+    assert shipped["kl_mean"] == pytest.approx(planned["kl_mean"], rel=1e-3)
+    assert shipped["ppl_before"] == at_16_bits["ppl_before"]  # the original keeps its own precision
+    assert shipped["kl_mean"] > 2 * at_16_bits["kl_mean"]
+    # Results from before the cache was read belong to another request; those without a plan are still the same.
+    assert ["kv" in p for p in asked[0]["packed"]] == [True, False]
+    verifying.submit_verify(model, folders[0], text=text, tokens=32, seq_len=5)
+    with pytest.raises(UserError, match="too short to see the quantised KV cache"):
+        load_work("verify", asked[1], home).plan()
 
 
 def test_wrong_requests_say_so(
