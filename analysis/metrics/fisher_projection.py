@@ -76,7 +76,9 @@ class FisherProjection(ProbeMetric):
         if not self._measured(ctx) or not int(self.option(ctx, "front_tokens")):
             return {}
         chosen = self._spread(ctx, int(self.option(ctx, "front_tokens")))
-        chunks = np.array_split(chosen, -(-len(chosen) * sequences_of(ctx)[1] // _FRONT_TOKENS))
+        # A sequence is never cut: long ones make fewer parts, of one sequence each.
+        parts = min(len(chosen), -(-len(chosen) * sequences_of(ctx)[1] // _FRONT_TOKENS))
+        chunks = np.array_split(chosen, parts)
         return {
             f"{_FRONT}{group}: part {i} of {len(chunks)}": (group, chunk)
             for group in self._groups(ctx)

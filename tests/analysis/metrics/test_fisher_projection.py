@@ -89,3 +89,19 @@ def test_bad_settings_are_refused(tiny_checkpoint):
     ctx = MeasureContext(index, expand_formats("int2-g32"), calibration=tokens, settings={"score": "guesses"})
     with pytest.raises(UserError, match="score"):
         FisherProjection().step(ctx, FisherProjection().plan(ctx)[0])
+
+
+def test_sequences_longer_than_a_part_of_the_front_are_parts_of_their_own(tiny_checkpoint, tmp_path):
+    index = index_model(tiny_checkpoint("llama"))
+    formats = expand_formats("int{2,4}-g32")
+    tokens = CalibrationSet.of(np.random.default_rng(0).integers(0, 250, (3, 1100)))
+    ctx = MeasureContext(index, formats, calibration=tokens, settings={"draws": 1})
+    front = [k for k in FisherProjection().plan(ctx) if k.startswith("front ")]
+    assert [k.rpartition(": ")[2] for k in front] == ["part 1 of 2", "part 2 of 2"]  # 2048 tokens, rounded up
+    found = tables(run_metric(FisherProjection(), ctx, tmp_path), index.unit_keys())["fisher_anchored"]
+    assert np.isfinite(found.damage).all()
+    assert np.isfinite(found.stderr).all()
+    # The longest that anybody asked for: one sequence, one part; short ones are grouped as ever.
+    for count, length, parts in ((1, 100_000, 1), (8, 1024, 2), (64, 128, 2), (64, 100, 3)):
+        ctx = MeasureContext(index, formats, tokens=count * length, seq_len=length)
+        assert sum(k.startswith("front ") for k in FisherProjection().plan(ctx)) == parts
