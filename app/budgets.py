@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bitatlas.analysis.schema import Budget, KvLayout, KvPair, ModelIndex, UserError, parse_pair
+from bitatlas.app.checks import at_least
 from bitatlas.app.sizes import format_bytes, parse_bytes
 
-__all__ = ["resolve_budget", "uniform_kv"]
+__all__ = ["reserve_bytes", "resolve_budget", "uniform_kv"]
 
 
 def uniform_kv(index: ModelIndex, bits_k: float, bits_v: float) -> dict[int, KvPair]:
@@ -20,6 +21,15 @@ def uniform_kv(index: ModelIndex, bits_k: float, bits_v: float) -> dict[int, KvP
         return {}
     names = ["kv16" if b == 16 else f"kv{b:g}-{axis}" for b, axis in ((bits_k, "channel"), (bits_v, "token"))]
     return dict.fromkeys(index.kv.layers, parse_pair("/".join(names)))
+
+
+def reserve_bytes(text: str | int) -> int:
+    """Bytes set aside; unlike every other size it may be 0.
+
+    Raises:
+        UserError: not a size.
+    """
+    return 0 if str(text).strip() == "0" else parse_bytes(text)
 
 
 def resolve_budget(
@@ -45,8 +55,10 @@ def resolve_budget(
         bits_k, bits_v: bits of one cached K and V element. kv: formats by layer, instead of these.
 
     Raises:
-        UserError: none or several of the three, or nothing is left for the weights.
+        UserError: none or several of the three, a negative context, no sequence, or nothing is left for the weights.
     """
+    at_least("context", context, 0)
+    at_least("batch", batch, 1)
     given = [
         name for name, value in (("--bits", bits), ("--bytes", bytes_), ("--fit", fit)) if value is not None
     ]
@@ -63,7 +75,7 @@ def resolve_budget(
     if bytes_ is not None:
         count = parse_bytes(bytes_)
         return Budget(count, label=f"{format_bytes(count)} of weights")
-    total, spare = parse_bytes(fit or 0), 0 if str(reserve).strip() == "0" else parse_bytes(reserve)
+    total, spare = parse_bytes(fit or 0), reserve_bytes(reserve)
     cached = 0
     if context:
         if index.kv is None:

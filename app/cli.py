@@ -30,11 +30,13 @@ from bitatlas.app.cli_options import (
     Metric,
     Model,
     Pins,
+    Points,
     Quantizer,
     QuantizerText,
     RareBelow,
     RareFloor,
     Reserve,
+    Seed,
     Solver,
     Target,
     Wait,
@@ -78,7 +80,7 @@ def measure(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens in all.")] = 8192,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
-    seed: int = 0,
+    seed: Seed = 0,
     text_mode: Annotated[str, typer.Option(help="packed, or document: one document a sequence.")] = "packed",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="METRIC.NAME=VALUE, an option of a metric.")
@@ -132,7 +134,7 @@ def solve(
     formats: Formats = DEFAULT_FORMATS,
     pin: Pins = None,
     target: Target = None,
-    seed: int = 0,
+    seed: Seed = 0,
     latency_ms: Annotated[
         float | None, typer.Option(help="Linear layers of one decoding step, by `bench-kernels`.")
     ] = None,
@@ -167,7 +169,7 @@ def solve(
 @guarded
 def frontier(
     model: Model, metric: Damage = "", solver: Solver = "hull", formats: Formats = DEFAULT_FORMATS,
-    pin: Pins = None, target: Target = None, points: int = 64, expert_groups: ExpertGrouping = "", group_limit: GroupLimits = None,
+    pin: Pins = None, target: Target = None, points: Points = 64, expert_groups: ExpertGrouping = "", group_limit: GroupLimits = None,
     rare_floor: RareFloor = "", rare_below: RareBelow = 1, expert_ties: ExpertTies = "free", json_output: Json = False,
 ) -> None:  # fmt: skip
     """The whole front: the best predicted damage at every size, and what a token then reads."""
@@ -196,7 +198,7 @@ def verify(
     text: Annotated[Path | None, typer.Option(help="Held-out text; the demo brings its own.")] = None,
     tokens: int = 8192,
     seq_len: int = 256,
-    seed: int = 0,
+    seed: Seed = 0,
     quantizer: Quantizer = "rtn",
     calibration: QuantizerText = None,
     calibration_tokens: int = 16384,
@@ -227,7 +229,7 @@ def truth(
     low: Annotated[float, typer.Option(help="Effective bits of the smallest allocation.")] = 2.5,
     high: Annotated[float, typer.Option(help="Of the largest.")] = 5.0,
     tokens: Annotated[int, typer.Option(help="Tokens of text, for each of the two.")] = 2048,
-    seq_len: int = 128, seed: int = 0, wait: Wait = True, json_output: Json = False,
+    seq_len: int = 128, seed: Seed = 0, wait: Wait = True, json_output: Json = False,
 ) -> None:  # fmt: skip
     """Measure what metrics are judged by: KL of single flips and of random whole allocations."""
     from bitatlas.app import tasks
@@ -258,7 +260,7 @@ def pack(
     model: Model, allocation: Path, output: Annotated[Path, typer.Option("-o", "--output")],
     quantizer: Quantizer = "rtn",
     calibration: QuantizerText = None,
-    tokens: int = 16384, seq_len: int = 512, seed: int = 0, wait: Wait = True, json_output: Json = False,
+    tokens: int = 16384, seq_len: int = 512, seed: Seed = 0, wait: Wait = True, json_output: Json = False,
 ) -> None:  # fmt: skip
     """Quantise and bit-pack into safetensors shards + bitatlas.json. Streaming, resumable."""
     from bitatlas.app import tasks

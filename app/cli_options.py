@@ -25,11 +25,13 @@ __all__ = [
     "Metric",
     "Model",
     "Pins",
+    "Points",
     "Quantizer",
     "QuantizerText",
     "RareBelow",
     "RareFloor",
     "Reserve",
+    "Seed",
     "Solver",
     "Target",
     "Wait",
@@ -58,8 +60,8 @@ Bytes = Annotated[
     str | None, typer.Option("--bytes", help="All weights, kept tensors included: 500MB, 123456.")
 ]
 Fit = Annotated[str | None, typer.Option(help="Memory for weights + KV cache + reserve: 8GiB.")]
-Context = Annotated[int, typer.Option(help="With --fit: context length in tokens.")]
-Batch = Annotated[int, typer.Option(help="With --fit: sequences at once.")]
+Context = Annotated[int, typer.Option(help="With --fit: context length in tokens; 0 = no KV cache.")]
+Batch = Annotated[int, typer.Option(help="With --fit: sequences at once, at least 1.")]
 KvBits = Annotated[float, typer.Option(help="With --fit: K and V of every layer at 16, 8, 4 or 2 bits.")]
 KvPlan = Annotated[str, typer.Option(help="With --fit: bits of K/V by layer: 8/4, or 0-5=8/8;6-29=8/4.")]
 Reserve = Annotated[str, typer.Option(help="With --fit: activations and workspace.")]
@@ -67,6 +69,8 @@ Pins = Annotated[list[str] | None, typer.Option("--pin", help="REGEX=FORMAT, rep
 Target = Annotated[
     str | None, typer.Option("--target", help="Solve or export for this engine; `bitatlas targets`.")
 ]
+Points = Annotated[int, typer.Option("--points", help="Most points of the front, at least 2.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything random; 0 or more.")]
 Wait = Annotated[bool, typer.Option("--wait/--detach", help="Show progress until the job is done.")]
 Quantizer = Annotated[str, typer.Option("--quantizer", help="How codes are chosen: rtn, mse, gptq, awq.")]
 QuantizerText = Annotated[

@@ -23,6 +23,7 @@ from bitatlas.app.cli_options import (
     Model,
     Pins,
     Reserve,
+    Seed,
     Target,
     Wait,
 )
@@ -42,7 +43,7 @@ def refine(
     tokens: int = 8192,
     seq_len: int = 256,
     rounds: int = 8,
-    seed: int = 77,
+    seed: Seed = 77,
     json_output: Json = False,
 ) -> None:
     """Improve an allocation on the real model, within the same bytes; only what measured KL confirms is kept."""
@@ -79,7 +80,7 @@ def search(
     policy: Annotated[Path | None, typer.Option(help="Policy file; with --generations 0 applied as it is.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the search.")] = None,
     precision: Annotated[str, typer.Option(help="float32, or bfloat16: faster, and blurs KLs below about 1e-3.")] = "float32",
-    seed: int = 0,
+    seed: Seed = 0,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write the allocation.")] = None,
     wait: Wait = True,
     json_output: Json = False,

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bitatlas.analysis.schema import UserError
+from bitatlas.app.checks import check_seed
 from bitatlas.app.jobs.request import JobRequest
 from bitatlas.app.jobs.service import Jobs
 from bitatlas.app.jobs.status import JobStatus
@@ -30,7 +31,12 @@ def the_jobs() -> Jobs:
 
 
 def submit(kind: str, params: dict[str, Any], title: str) -> str:
-    """Queue a request (the same request is the same job) and see to it that a worker lives."""
+    """Queue a request (the same request is the same job) and see to it that a worker lives.
+
+    Raises:
+        UserError: a seed that no generator takes.
+    """
+    check_seed(int(params.get("seed", 0)))
     return the_jobs().submit(JobRequest(kind, params, title))
 
 

@@ -24,7 +24,8 @@ from bitatlas.analysis.schema import (
     parse_format,
     resolve_pins,
 )
-from bitatlas.app.budgets import resolve_budget
+from bitatlas.app.budgets import reserve_bytes, resolve_budget
+from bitatlas.app.checks import at_least, check_seed
 from bitatlas.app.expert_groups import EVIDENCE
 from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
 from bitatlas.app.kv_plan import cache_pairs, pair_names
@@ -181,6 +182,9 @@ def solve(
     Raises:
         UserError: not measured, impossible budget (names the smallest possible one), a pin that matches nothing.
     """
+    check_seed(seed)
+    at_least("context", context, 0)
+    at_least("batch", batch, 1)
     if kv and (fit is None or kv_bits != 16 or kv_plan):
         raise UserError("weights and KV cache share a budget of memory", found="--kv-bits or --kv-plan as well" if fit else "no --fit",
                         fix="--fit 8GiB --context 8192 --kv, without these")  # fmt: skip
@@ -203,7 +207,7 @@ def solve(
         problem = with_probes(problem, table, algorithm)
         cache = find_kv_table(store, index, kv_metric)
         allocation = solve_joint(
-            index, problem, cache, total_bytes=parse_bytes(fit), reserve_bytes=parse_bytes(reserve), context=context,
+            index, problem, cache, total_bytes=parse_bytes(fit), reserve_bytes=reserve_bytes(reserve), context=context,
             batch=batch, solver=solver, seed=seed,
             provenance=_provenance(index, table, names, solver, limits, seed, kv_run=cache.run, **(rules.settings() if rules else {})),
         )  # fmt: skip
@@ -280,7 +284,12 @@ def frontier(
     points: int = 64,
     experts: ExpertRules | None = None,
 ) -> Frontier:
-    """The best predicted damage at every size, cheapest first, under the rules for experts; stored."""
+    """The best predicted damage at every size, cheapest first, under the rules for experts; at most ``points`` of them; stored.
+
+    Raises:
+        UserError: fewer than two points (a front has two ends), not measured, a pin that matches nothing.
+    """
+    at_least("number of points", points, 2)
     algorithm, rules = get_solver(solver), experts or ExpertRules()
     store, index, metric, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
