@@ -115,14 +115,61 @@ def _text(data: dict[str, Any]) -> None:
     print(data["text"])
 
 
+_FEW = 20  # reasons, and units, of a verdict that are printed; --json has all
+
+
 def _export(data: dict[str, Any]) -> None:
     print(f"{data['target']}: {data['status']}")
-    for reason in data["reasons"][:20]:
-        print(f"  {reason}")
+    if data["status"] != "rejected":
+        print(
+            f"size: {format_bytes(data['bytes'])} of weights in the engine's container ({data['bytes']} bytes)"
+        )
+    if len(data["reasons"]) < len(data["units"]):  # else the units alone say it
+        _some([f"  {reason}" for reason in data["reasons"]], "reasons")
+    changes = data["changes"]
+    if data["change"]:
+        print(
+            f"what helps: {data['change']}"
+            + ("; `bitatlas check --repair FILE` writes it so" if changes else "")
+        )
+    _some(
+        [f"  {u}: {why}" + (f" -> {changes[u]}" if u in changes else "") for u, why in data["units"].items()],
+        "units",
+    )
+    for note in data["notes"]:
+        print(f"note: {note}")
+    if data.get("kv"):
+        print(f"KV cache: {data['kv']}")
+    if fixed := data.get("repaired"):
+        rest = f", {format_bytes(fixed['over_budget'])} over its budget" if fixed["over_budget"] else ""
+        print(
+            f"repaired: {fixed['changed']} units changed, {format_bytes(fixed['bytes'])} in the engine's container{rest}"
+        )
+        if fixed["pins_dropped"]:
+            print(f"  {fixed['pins_dropped']} pins do not hold any more")
+        print(f"written to {fixed['file']}")
     for name in data.get("files", []):
         print(f"wrote {name}")
     if data.get("command"):
         print(f"run: {data['command']}")
+
+
+def _some(lines: list[str], what: str) -> None:
+    for line in lines[:_FEW]:
+        print(line)
+    if len(lines) > _FEW:
+        print(f"  and {len(lines) - _FEW} more {what}; --json has all")
+
+
+def _engines(data: dict[str, Any]) -> None:
+    rows = data["engines"]
+    _table(
+        [{"target": r["target"], "status": r["status"], "size": "" if r["status"] == "rejected" else format_bytes(r["bytes"]),
+          "reasons": r["reasons"], "change": r["change"]} for r in rows]
+    )  # fmt: skip
+    for row in rows:
+        for note in row["notes"] if row["status"] != "rejected" else ():
+            print(f"{row['target']}: {note}")
 
 
 def _answers(data: dict[str, Any]) -> None:
@@ -149,7 +196,7 @@ def spoken_lines(stream: TextIO, quiet: bool = False) -> Iterator[str]:
 
 _SHAPES: dict[str, Callable[[Any], None]] = {
     "table": _table, "job": _pairs, "scan": _scan, "allocation": _allocation, "verify": _verify, "text": _text,
-    "export": _export, "trust": _trust, "answers": _answers,
+    "export": _export, "engines": _engines, "trust": _trust, "answers": _answers,
 }  # fmt: skip
 
 

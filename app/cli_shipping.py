@@ -35,17 +35,18 @@ def export(
 @guarded
 def check(
     allocation: Path, target: Annotated[str | None, typer.Option("--target", help="All engines without.")] = None,
-    model: str | None = None, json_output: Json = False,
+    model: str | None = None,
+    repair: Annotated[Path | None, typer.Option(help="Write the plan with the smallest change that makes it servable.")] = None,
+    json_output: Json = False,
 ) -> None:  # fmt: skip
     """Would this engine load it? servable / loads but decodes wrong / rejected, with the reason and what to change."""
     from bitatlas.app import tasks
 
-    answer = tasks.check(allocation, target, model=model)
-    if target is None and not json_output:
-        keys = ("target", "status", "reasons", "change")
-        emit([{k: e[k] for k in keys} for e in answer["engines"]], json_output, "table")
+    if repair is not None:
+        emit(tasks.repair(allocation, target or "", repair, model=model), json_output, "export")
         return
-    emit(answer, json_output, "export")
+    answer = tasks.check(allocation, target, model=model)
+    emit(answer, json_output, "export" if target else "engines")
 
 
 @guarded

@@ -77,8 +77,29 @@ def _verdict(view: ExportView) -> None:
     if len(view.reasons) > 8:
         lines.append(f"and {len(view.reasons) - 8} more")
     if view.change:
-        lines.append(f"Smallest change: {view.change}")
+        lines.append(f"What helps: {view.change}")
+    if view.status != "rejected":
+        lines.append(f"{format_bytes(view.bytes)} of weights in the engine's container")
+    if view.kv:
+        lines.append(f"KV cache: `{view.kv}`")
     box("  \n".join(lines), icon=_ICON[view.status])
+    if view.notes:
+        st.caption("  \n".join(view.notes))
+    if view.units:
+        _units(view)
+
+
+def _units(view: ExportView) -> None:
+    """What the engine does not take, unit by unit, and the plan with the smallest change."""
+    with st.expander("Unit by unit", icon=":material/list:"):
+        st.dataframe(
+            [{"unit": u.unit, "planned": u.planned, "smallest change": u.after, "reason": u.reason} for u in view.units],
+            hide_index=True, key="refused_units",
+        )  # fmt: skip
+    if view.repaired:
+        st.download_button("Allocation with the smallest change", view.repaired, f"repaired-{view.target}.json", "application/json",
+                           icon=":material/build:", on_click="ignore", key="export_repaired")  # fmt: skip
+        cli_twin(command("check", "allocation.json", target=view.target, repair="repaired.json"))
 
 
 def _engines(allocation: Allocation, study: Study) -> None:

@@ -52,6 +52,7 @@ class Verdict:
         changes: unit -> format, the smallest change that makes it servable; empty when it is, or when none does.
         notes: what else to know; nothing that keeps it from being served.
         bytes: weights in the engine's own container, headers aside.
+        kv: the engine's options for the nearest KV cache; "" for one at 16 bits, or where it is no option.
     """
 
     status: str
@@ -59,6 +60,7 @@ class Verdict:
     changes: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
     bytes: int = 0
+    kv: str = ""
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -87,7 +89,7 @@ class Verdict:
         """JSON-able form."""
         return {
             "status": self.status, "reasons": list(self.reasons), "units": self.units, "change": self.change,
-            "changes": dict(self.changes or {}), "notes": list(self.notes), "bytes": self.bytes,
+            "changes": dict(self.changes or {}), "notes": list(self.notes), "bytes": self.bytes, "kv": self.kv,
         }  # fmt: skip
 
 
@@ -148,12 +150,14 @@ class Target(ABC):
             changed = self.repaired(allocation.formats, index)
             if not self._findings(changed, index):
                 changes = {u: f for u, f in changed.items() if f != allocation.formats[u]}
+        cache = self.kv(allocation, index)
         return Verdict(
             status,
             findings,
             changes,
-            (*self.notes(allocation, index), *self.kv(allocation, index).notes),
+            (*self.notes(allocation, index), *cache.notes),
             self.engine_bytes(allocation, index),
+            cache.flags,
         )
 
     def _findings(self, formats: Mapping[str, str], index: ModelIndex) -> tuple[Finding, ...]:

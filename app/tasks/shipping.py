@@ -18,7 +18,7 @@ from bitatlas.cache.store import Store
 if TYPE_CHECKING:
     from bitatlas.app.targets import Target, Verdict
 
-__all__ = ["check", "export", "generate", "pack", "submit_pack"]
+__all__ = ["check", "export", "generate", "index_of", "pack", "submit_pack"]
 
 
 def submit_pack(
@@ -111,7 +111,7 @@ def generate(directory: str | Path, prompt: str, *, max_new_tokens: int = 64) ->
     }
 
 
-def _index_of(allocation: Allocation, model: str | None) -> ModelIndex:
+def index_of(allocation: Allocation, model: str | None) -> ModelIndex:
     """The model that an allocation is for, from the store by its digest, or as named."""
     if model is not None:
         index = register(model)
@@ -139,7 +139,7 @@ def check(
     from bitatlas.app.targets import TARGETS, get_target
 
     plan = allocation if isinstance(allocation, Allocation) else read_allocation(allocation)
-    index = _index_of(plan, model)
+    index = index_of(plan, model)
     if target is None:
         return {
             "engines": [{"target": name, **t.check(plan, index).to_dict()} for name, t in TARGETS.items()]
@@ -170,7 +170,7 @@ def export(
     from bitatlas.app.targets import get_target
 
     plan = allocation if isinstance(allocation, Allocation) else read_allocation(allocation)
-    index = _index_of(plan, model)
+    index = index_of(plan, model)
     engine = get_target(target)
     verdict = engine.check(plan, index)
     if verdict.status == "rejected":

@@ -8,8 +8,9 @@ from typing import Any
 
 from bitatlas.analysis.schema import Allocation, ModelIndex
 from bitatlas.app.targets.base import Target
+from bitatlas.app.targets.repair import repaired
 
-__all__ = ["EngineRow", "ExportView", "build_engines", "build_export"]
+__all__ = ["EngineRow", "ExportView", "UnitRow", "build_engines", "build_export"]
 
 _WORDS = {
     "servable": "loads and serves this allocation",
@@ -19,14 +20,34 @@ _WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
+class UnitRow:
+    """A unit that the engine does not take as planned; ``after`` is its format after the smallest change, "" without one."""
+
+    unit: str
+    planned: str
+    reason: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
 class ExportView:
-    """One engine's answer: verdict, reasons, the smallest change that helps, files and command (none if rejected)."""
+    """One engine's answer: verdict, reasons, the smallest change that helps, files and command (none if rejected).
+
+    ``units``: every unit with a reason against it, and its format after the change. ``repaired``: the allocation file with
+    that change, "" where none is needed or none helps. ``notes``, ``bytes`` (in the engine's container) and ``kv`` (its
+    options for the cache) are the verdict's.
+    """
 
     title: str
     target: str
     status: str
     reasons: tuple[str, ...]
     change: str
+    units: tuple[UnitRow, ...]
+    repaired: str
+    notes: tuple[str, ...]
+    bytes: int
+    kv: str
     files: dict[str, str]
     command: str
 
@@ -64,6 +85,7 @@ def build_engines(
 def build_export(target: Target, allocation: Allocation, index: ModelIndex) -> ExportView:
     """Ask the engine. Nothing is written."""
     verdict = target.check(allocation, index)
+    changes = verdict.changes or {}
     usable = verdict.status != "rejected"
     return ExportView(
         title=f"{target.TITLE} {_WORDS[verdict.status]}",
@@ -71,6 +93,13 @@ def build_export(target: Target, allocation: Allocation, index: ModelIndex) -> E
         status=verdict.status,
         reasons=tuple(verdict.reasons),
         change=verdict.change,
+        units=tuple(
+            UnitRow(u, allocation.formats[u], why, changes.get(u, "")) for u, why in verdict.units.items()
+        ),
+        repaired=repaired(allocation, index, target).to_json() if changes else "",
+        notes=verdict.notes,
+        bytes=verdict.bytes,
+        kv=verdict.kv,
         files=dict(target.render(allocation, index)) if usable else {},
         command=target.command(allocation, index) if usable else "",
     )

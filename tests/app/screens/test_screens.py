@@ -195,3 +195,23 @@ def test_k_and_v_by_layer_move_the_memory_bar(filled):
     assert "0-2=8/8;3=4/2" in at.query_params["ask"]
     wrong = open_page("fit", study=filled[0], context="256", kv_preset="layer by layer", kv_plan="9=8/8")
     assert any("cannot be read" in e.value for e in wrong.error)
+
+
+def test_export_shows_the_notes_and_the_refused_units(filled, home):
+    from bitatlas.analysis.schema import Allocation
+
+    store = Store(home)
+    digest = next(m["digest"] for m in store.models() if filled[0].endswith(m["digest"][:8]))
+    index = store.model(digest)
+    formats = {u.key: "bf16" if u.layer < 0 else "int5-g32-sym" for u in index.units}
+    store.put_allocation(Allocation(digest, index.name, formats, 1, index.kept_bytes, 5.5, solver="made"))
+    at = open_page("export", study=filled[0])
+    at.selectbox(key="target").set_value("vllm").run()
+    assert heading(at) == "## vLLM (compressed-tensors) loads and serves this allocation"
+    assert any("Humming" in c.value for c in at.caption)
+    assert any("of weights in the engine's container" in s.value for s in at.success)
+    assert not any("planned" in d.value for d in at.dataframe)
+    at.selectbox(key="target").set_value("gptqmodel").run()
+    assert "cannot load" in heading(at)
+    refused = next(d.value for d in at.dataframe if "planned" in d.value)
+    assert set(refused["planned"]) == {"int5-g32-sym"}

@@ -1,0 +1,45 @@
+"""The Export page's view says what the engine said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bitatlas.analysis.schema import Allocation, parse_format
+from bitatlas.app.targets import SERVABLE, TARGETS
+from bitatlas.app.views.export import build_export
+
+VLLM = TARGETS["vllm"]
+
+
+@pytest.fixture
+def index(fakes):
+    return fakes.dense_index()
+
+
+def plan_of(index, formats: dict[str, str]) -> Allocation:
+    payload = sum(parse_format(formats[u.key]).payload_bytes(u.rows, u.cols) for u in index.units)
+    kv = dict.fromkeys(range(index.n_layers), ("kv8-channel", "kv8-token"))
+    return Allocation(
+        index.digest, index.name, formats, payload, index.kept_bytes, payload * 8 / index.params, kv=kv
+    )
+
+
+def test_notes_bytes_and_the_cache(index) -> None:
+    plan = plan_of(index, {u.key: "bf16" if u.layer < 0 else "int3-g32-sym" for u in index.units})
+    verdict, view = VLLM.check(plan, index), build_export(VLLM, plan, index)
+    assert view.status == SERVABLE
+    assert any("Humming" in n for n in view.notes)
+    assert (view.notes, view.bytes, view.kv) == (verdict.notes, verdict.bytes, "--kv-cache-dtype fp8")
+    assert (view.units, view.repaired) == ((), "")
+
+
+def test_refused_units_and_the_repaired_plan(index) -> None:
+    plan = plan_of(index, {u.key: "bf16" if u.layer < 0 else "int3-channel" for u in index.units})
+    view = build_export(VLLM, plan, index)
+    assert {u.unit for u in view.units} == {u.key for u in index.units if u.layer >= 0}
+    fixed = Allocation.from_json(view.repaired)
+    assert VLLM.check(fixed, index).status == SERVABLE
+    assert all((u.planned, u.after) == ("int3-channel", fixed.formats[u.unit]) for u in view.units)
+    assert build_export(TARGETS["mlx"], plan, replace(index, model_type="nobody")).repaired == ""
