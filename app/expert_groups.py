@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitatlas.analysis.schema import NO_FORMAT, ModelIndex, SensitivityTable, UserError
-from bitatlas.app.selection import Selection
+from bitatlas.app.selection import read_runs
 
 __all__ = ["EVIDENCE", "KINDS", "ExpertGroups", "group_experts", "parse_grouping", "tokens_reached"]
 
@@ -93,7 +93,10 @@ def group_experts(
             raise UserError("the pattern matches no expert", found=rest)
         return ExpertGroups(("matched",), out)
     if kind == "units":
-        chosen = np.array(Selection.decode(rest, len(experts)).ids, np.int64)
+        try:
+            chosen = np.array(read_runs(rest, len(experts), "unit"), np.int64)
+        except ValueError as e:
+            raise UserError("the units of this group cannot be read", found=f"units:{rest[:80]}: {e}", fix="units:0-6,12") from None  # fmt: skip
         out[chosen[experts[chosen] >= 0]] = 0
         return ExpertGroups(("selected",), out)
     where = np.unique(layers[routed] * (1 + experts.max()) + experts[routed], return_inverse=True)[1]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from bitatlas.analysis.schema import KvPair, ModelIndex, UserError, parse_pair
 from bitatlas.app.budgets import uniform_kv
-from bitatlas.app.selection import Selection
+from bitatlas.app.selection import Selection, read_runs
 
 __all__ = [
     "KV_BITS",
@@ -39,7 +39,10 @@ def decode_kv(text: str, layers: Sequence[int]) -> dict[int, tuple[int, int]]:
         if not set(pair) <= set(KV_BITS):
             raise UserError("bits of K and V cannot be read", found=part[:80],
                             fix=f"8/4, or 0-5=8/8;6-29=8/4, of {', '.join(map(str, KV_BITS))} bits")  # fmt: skip
-        where = Selection.decode(runs, max(layers, default=-1) + 1).ids if mark else tuple(layers)
+        try:
+            where = read_runs(runs, max(layers, default=-1) + 1, "layer") if mark else tuple(layers)
+        except ValueError as e:
+            raise UserError("the layers of the K and V bits cannot be read", found=f"{part[:80]}: {e}", fix="0-5=8/8;6-29=8/4") from None  # fmt: skip
         strange = [i for i in where if i not in out]
         if strange:
             raise UserError(f"layer {strange[0]} keeps no K and V of its own", found=part[:80])

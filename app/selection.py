@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bitatlas.analysis.schema import UserError, parse_format
 
-__all__ = ["Edit", "EditList", "Selection", "decode_pins", "encode_pins"]
+__all__ = ["Edit", "EditList", "Selection", "decode_pins", "encode_pins", "read_runs"]
 
 _MAX_TEXT = 2_000_000
 _RUN = re.compile(r"(\d{1,9})(?:-(\d{1,9})(?::([1-9]\d{0,8}))?)?")
@@ -55,25 +55,34 @@ class Selection:
         Raises:
             UserError: not a list of runs, or a unit that the model does not have.
         """
-        ids: set[int] = set()
         try:
-            if len(text) > _MAX_TEXT:
-                raise ValueError("too long")
-            for run in filter(None, text.split(",")):
-                match = _RUN.fullmatch(run)
-                if match is None:
-                    raise ValueError(repr(run[:40]))
-                first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
-                if last >= units:
-                    raise ValueError(f"unit {last}, but the model has {units}")
-                ids.update(range(first, last + 1, step))
+            return cls(read_runs(text, units, "unit"))
         except ValueError as e:
             raise UserError(
                 "the selection in this link cannot be read",
                 found=str(e),
                 fix="clear the selection, or open the link with its own study",
             ) from None
-        return cls(tuple(sorted(ids)))
+
+
+def read_runs(text: str, count: int, noun: str) -> tuple[int, ...]:
+    """The numbers that runs stand for, sorted; all below ``count``, the number of ``noun``s of the model.
+
+    Raises:
+        ValueError: not a list of runs, or a number that is too large; the words are for the user.
+    """
+    ids: set[int] = set()
+    if len(text) > _MAX_TEXT:
+        raise ValueError("too long")
+    for run in filter(None, text.split(",")):
+        match = _RUN.fullmatch(run)
+        if match is None:
+            raise ValueError(repr(run[:40]))
+        first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+        if last >= count:
+            raise ValueError(f"{noun} {last}, but the model has {noun}s 0 to {count - 1}")
+        ids.update(range(first, last + 1, step))
+    return tuple(sorted(ids))
 
 
 @dataclass(frozen=True, slots=True)

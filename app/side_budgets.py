@@ -57,6 +57,10 @@ def read_latency(home: Home, file: Path | None = None) -> dict[str, Any]:
         UserError: never measured, or not such a table.
     """
     path = file or home.root / "latency.json"
+    if file is not None and not path.is_file():
+        raise UserError(
+            "there is no such latency table", found=str(path), fix="make one with bench-kernels --out"
+        )
     if not path.is_file():
         raise UserError("the kernels of this machine have not been timed", found=f"no {path}",
                         fix="bitatlas bench-kernels MODEL")  # fmt: skip

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitatlas.analysis.schema import UserError
 
-__all__ = ["Home", "atomic_write", "disk_error"]
+__all__ = ["Home", "atomic_write", "disk_error", "write_output"]
 
 
 def _platform_folder() -> Path:
@@ -21,8 +22,13 @@ def _platform_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "bitatlas"
 
 
-def disk_error(error: OSError, path: Path) -> UserError:
-    """The words for an `OSError` on ``path``: read-only, full, not permitted, or what the system says."""
+def disk_error(error: OSError, path: Path, *, named: bool = False) -> UserError:
+    """The words for an `OSError` on ``path``: read-only, full, not permitted, or what the system says.
+
+    ``named``: a file that the user named, not one of the data folder.
+    """
+    if named and error.errno not in (28, 122):
+        return UserError("this file cannot be written", found=f"{path}: {error.strerror or error}", fix="name another file or folder")  # fmt: skip
     words = {
         30: ("the data folder is read-only", "set BITATLAS_HOME to a folder that can be written"),
         13: ("the data folder may not be written", "set BITATLAS_HOME to a folder of your own"),
@@ -102,8 +108,19 @@ class Home:
         return self.folder("models")
 
 
-def atomic_write(path: Path, data: bytes) -> None:
+def write_output(path: str | Path, data: bytes) -> None:
+    """`atomic_write` of a file that the user named; ``~`` is the home folder.
+
+    Raises:
+        UserError: it cannot be written; nothing is left behind.
+    """
+    atomic_write(Path(path).expanduser().resolve(), data, named=True)
+
+
+def atomic_write(path: Path, data: bytes, *, named: bool = False) -> None:
     """Write a whole file or nothing: ``.tmp`` beside it, flushed to disk, then renamed over it.
+
+    ``named``: the user named this file; an error then is not about the data folder.
 
     Raises:
         UserError: disk full, read-only, not permitted; nothing is left behind.
@@ -117,5 +134,6 @@ def atomic_write(path: Path, data: bytes) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(e, path) from None
+        with suppress(OSError):  # what made it fail may also hide the file
+            temporary.unlink(missing_ok=True)
+        raise disk_error(e, path, named=named) from None

@@ -31,7 +31,7 @@ from bitatlas.analysis.trust import (
 )
 from bitatlas.app.tasks.models import register
 from bitatlas.app.views.words import metric_unit
-from bitatlas.cache.paths import Home, atomic_write
+from bitatlas.cache.paths import Home, write_output
 from bitatlas.cache.runs import RunInfo
 from bitatlas.cache.store import Store
 from bitatlas.solvers.impute import impute_unknown
@@ -54,7 +54,7 @@ def agree(model: str | Path, *, out: str | Path | None = None) -> dict[str, Any]
     home = Home.default()
     rows = trust_rows(Store(home), index, home, costs=True)
     if out is not None:
-        atomic_write(Path(out).expanduser().resolve(), trust_csv(rows).encode())
+        write_output(out, trust_csv(rows).encode())
     return {"model": index.name, "rows": [r.to_dict() for r in rows], "out": str(out) if out else ""}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from bitatlas.analysis.schema import Format, UserError, expand_formats
 from bitatlas.app.side_budgets import LATENCY_SCHEMA, read_latency
 from bitatlas.app.tasks.models import open_index
-from bitatlas.cache.paths import Home, atomic_write
+from bitatlas.cache.paths import Home, atomic_write, write_output
 
 __all__ = ["bench_kernels"]
 
@@ -60,7 +60,7 @@ def bench_kernels(
     text = json.dumps(table, indent=1).encode() + b"\n"
     atomic_write(home.folder() / "latency.json", text)
     if out is not None:
-        atomic_write(Path(out).expanduser().resolve(), text)
+        write_output(out, text)
     return table
 
 

@@ -12,7 +12,7 @@ from bitatlas.app.tasks.jobs import submit_and_wait
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.searching import submit_search
 from bitatlas.app.tasks.solving import read_allocation
-from bitatlas.cache.paths import Home, atomic_write
+from bitatlas.cache.paths import Home, write_output
 from bitatlas.cache.store import Store
 
 __all__ = ["refine", "submit_refine"]
@@ -82,5 +82,5 @@ def refine(
     status = submit_and_wait(job, True, on_progress)
     refined = Store(Home.default()).allocation((status.result or {})["allocation"])
     if output is not None:
-        atomic_write(Path(output).expanduser().resolve(), refined.to_json().encode())
+        write_output(output, refined.to_json().encode())
     return refined

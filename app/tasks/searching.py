@@ -15,7 +15,7 @@ from bitatlas.app.tasks.measuring import calibration_file, file_digest
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.solving import build_problem, default_metric, find_table, read_allocation
 from bitatlas.cache.keys import digest
-from bitatlas.cache.paths import Home, atomic_write
+from bitatlas.cache.paths import Home, write_output
 from bitatlas.cache.store import Store
 from bitatlas.solvers import Problem, get_searcher
 from bitatlas.solvers.infeasible import check_feasible
@@ -160,7 +160,7 @@ def search(
         return status_dict(status)
     found = Store(Home.default()).allocation((status.result or {})["allocation"])
     if output is not None:
-        atomic_write(Path(output).expanduser().resolve(), found.to_json().encode())
+        write_output(output, found.to_json().encode())
     return found
 
 

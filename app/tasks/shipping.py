@@ -186,7 +186,7 @@ def export(
     files = engine.render(plan, index)
     folder = Path(output).expanduser()
     for name, text in files.items():
-        atomic_write(folder / name, text.encode())
+        atomic_write(folder / name, text.encode(), named=True)
     more = _statistics(engine, index, folder, calibration, tokens, seq_len) if calibration else []
     return {
         "target": target,

@@ -35,7 +35,7 @@ from bitatlas.app.sizes import parse_bytes
 from bitatlas.app.tasks.interaction import with_probes
 from bitatlas.app.tasks.joint import find_kv_table, solve_joint
 from bitatlas.app.tasks.models import register
-from bitatlas.cache.paths import Home, atomic_write
+from bitatlas.cache.paths import Home, write_output
 from bitatlas.cache.store import Store
 from bitatlas.solvers import Problem, get_solver, to_allocation
 from bitatlas.solvers import frontier as sweep
@@ -221,7 +221,7 @@ def solve(
         allocation = replace(allocation, kv=pair_names(same))
     store.put_allocation(allocation)
     if output is not None:
-        atomic_write(Path(output).expanduser().resolve(), allocation.to_json().encode())
+        write_output(output, allocation.to_json().encode())
     return allocation
 
 

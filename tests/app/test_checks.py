@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bitatlas.analysis.schema import UserError
 from bitatlas.app.budgets import resolve_budget
+from bitatlas.app.expert_groups import group_experts
+from bitatlas.app.side_budgets import read_latency
 from bitatlas.app.tasks import jobs, solving
+from bitatlas.cache.paths import write_output
 from bitatlas.cache.store import Store
 
 
@@ -45,3 +50,33 @@ def test_context_and_batch_are_counts(index, numbers, words, kv) -> None:
         resolve_budget(index, fit="1GiB", **numbers)
     with pytest.raises(UserError, match=words):
         solving.solve("m", metric="fisher_projection", fit="1GiB", kv=kv, **numbers)
+
+
+def test_nothing_may_be_set_aside_for_both_kinds_of_budget(index) -> None:
+    assert resolve_budget(index, fit="1MiB", reserve="0").weights_bytes == 1 << 20
+    with pytest.raises(
+        UserError, match="kv_output has not been measured"
+    ):  # the reserve is no longer the trouble
+        solving.solve("m", metric="fisher_projection", fit="1GiB", context=64, reserve="0", kv=True)
+
+
+def test_units_of_a_group_are_not_a_link(moe) -> None:
+    with pytest.raises(UserError, match="units of this group") as caught:
+        group_experts(moe.index, {}, "units:0-99999999")
+    assert "unit 99999999, but the model has units 0 to" in caught.value.found
+
+
+def test_a_table_to_import_that_is_not_there(home, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such latency table"):
+        read_latency(home, tmp_path / "none.json")
+    with pytest.raises(UserError, match="kernels of this machine have not been timed"):
+        read_latency(home)
+
+
+@pytest.mark.parametrize("name", ["/proc/x.json", "taken"])
+def test_a_file_that_the_user_named_is_not_the_data_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match="this file cannot be written") as caught:
+        write_output(tmp_path / name, b"x")  # an absolute name stays as it is
+    assert "BITATLAS_HOME" not in str(caught.value)
+    assert [f.name for f in tmp_path.iterdir()] == ["taken"]

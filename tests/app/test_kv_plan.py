@@ -31,6 +31,13 @@ def test_what_cannot_be_read(text):
         decode_kv(text, (0, 1, 2, 4))
 
 
+def test_layers_that_the_model_lacks_are_layers_of_the_option_not_units_of_a_link():
+    with pytest.raises(UserError, match="layers of the K and V bits") as caught:
+        decode_kv("0-9=8/4", (0, 1, 2, 3))
+    assert "0-9=8/4: layer 9, but the model has layers 0 to 3" in caught.value.found
+    assert "link" not in str(caught.value)
+
+
 def test_formats_bytes_and_links(dense):
     pairs = kv_pairs(dense.index, "0-3=8/4;5=16/8")
     assert sorted(pairs) == [0, 1, 2, 3, 5]
