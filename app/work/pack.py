@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bitatlas.analysis.measure import WHOLE
 from bitatlas.analysis.memory import give_back, keep_pages
 from bitatlas.analysis.schema import Allocation, ModelIndex, QuantUnit
+from bitatlas.app.work.pack_plan import as_begun, plan_packing
 from bitatlas.kernels.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,11 +23,10 @@ if TYPE_CHECKING:
     from bitatlas.analysis.quantising import UnitQuantizer
     from bitatlas.kernels.packed.manifest import PackedUnit
 
-__all__ = ["LOSSES", "SHARD_BYTES", "Packer", "check_output", "check_quantizer", "pack_model"]
+__all__ = ["LOSSES", "Packer", "check_output", "check_quantizer", "pack_model"]
 
 LOSSES = "layer_loss.json"
 _SCALES = "scales"
-SHARD_BYTES = 256 << 20  # small enough that a killed job repeats seconds, large enough for few files
 
 
 def check_output(out: Path) -> None:
@@ -52,7 +51,7 @@ class Packer:
         allocation: must be for this very checkpoint.
         out: the folder to write; empty, missing, or an unfinished packing of the same.
         quantizer: name in `kernels.quantizers.QUANTIZERS`.
-        shard_bytes: largest shard.
+        shard_bytes: largest shard; None = about a 32nd of the whole (`pack_plan.shard_size`).
         source: where the weights are read from: the imported safetensors folder of a GGUF file; None = ``index``.
         calibration: tokens for quantisers that need or take the units' inputs.
 
@@ -67,12 +66,11 @@ class Packer:
         out: str | Path,
         *,
         quantizer: str = "rtn",
-        shard_bytes: int = SHARD_BYTES,
+        shard_bytes: int | None = None,
         source: ModelIndex | None = None,
         calibration: CalibrationSet | None = None,
     ) -> None:
         from bitatlas.analysis.folding import find_folds, widened
-        from bitatlas.kernels.packed.manifest import Manifest, PackedKept, PackedUnit, plan_shards
         from bitatlas.kernels.quantizers import get_quantizer
 
         allocation.check_model(index)
@@ -85,30 +83,14 @@ class Packer:
         kind = self._quantizer
         self._with_inputs = calibration is not None and (kind.NEEDS_INPUTS or kind.TAKES_INPUTS)
         self._units: dict[str, QuantUnit] = {u.key: u for u in self.index.units}
-        units = [
-            PackedUnit(u.key, u.tensor, u.rows, u.cols, allocation.formats[u.key], u.expert, u.part,
-                       u.transposed, u.interleaved)
-            for u in self.index.units
-        ]  # fmt: skip
         self._folds = find_folds(self.index) if self._quantizer.FOLDS else []
-        wide = widened(self._folds)
-        kept = [
-            PackedKept(k.name, k.shape, "F32", 4 * math.prod(k.shape))
-            if k.name in wide
-            else PackedKept(k.name, k.shape, k.dtype, k.nbytes)
-            for k in self.index.kept
-        ]
-        self.manifest = Manifest(
-            *plan_shards(units, kept, shard_bytes),
-            quantizer=quantizer,
-            model={
-                "name": index.name,
-                "architecture": index.architecture,
-                "model_type": index.model_type,
-                "digest": index.digest,
-                **({"calibration": calibration.digest} if calibration and self._with_inputs else {}),
-            },
-        )
+        text = {"calibration": calibration.digest} if calibration and self._with_inputs else {}
+        planned = plan_packing(
+            self.index, allocation.formats, quantizer=quantizer, wide=widened(self._folds), shard_bytes=shard_bytes,
+            model={"name": index.name, "architecture": index.architecture, "model_type": index.model_type,
+                   "digest": index.digest, **text},
+        )  # fmt: skip
+        self.manifest = as_begun(planned, self.out)
 
     @cached_property
     def writer(self) -> Any:
@@ -141,10 +123,10 @@ class Packer:
         if key == _SCALES:
             return {"note": f"{len(self._folding.scales)} scales"}
         number = int(key.removeprefix("shard-")) - 1
-        if number in self.writer.pending():
+        if not self.writer.is_written(number):
             if not self._with_inputs:
                 keep_pages()
-            quantizer, losses = self._unit_quantizer(number), dict[str, float]()
+            quantizer, losses = self._unit_quantizer, dict[str, float]()
             from bitatlas.kernels.packed.shards import DTYPES
 
             self.writer.write(
@@ -210,16 +192,19 @@ class Packer:
         limit = min(max(self.index.params, 1 << 26), 1 << 28)
         return InputSource(self._loaded, self._calibration.tokens, units, limit)
 
-    def _unit_quantizer(self, number: int) -> UnitQuantizer:
-        """For the units of one shard."""
+    @cached_property
+    def _unit_quantizer(self) -> UnitQuantizer:
+        """One for all shards: statistics that a pass has made for the next shard are still there when it comes."""
         from bitatlas.analysis.quantising import UnitQuantizer
 
         if not self._with_inputs:
             return UnitQuantizer(self.manifest.quantizer)
-        units = [
-            self._units[u.key] for u in self.manifest.units if u.shard == number and u.fmt.kind != "float"
-        ]
-        return UnitQuantizer(self.manifest.quantizer, self._source(units), self._folding)
+        folding = self._folding  # has a source of its own, gone when this one begins
+        rounded = [u for u in self.manifest.units if u.fmt.kind != "float"]
+        in_turn = sorted(rounded, key=lambda u: u.shard)
+        return UnitQuantizer(
+            self.manifest.quantizer, self._source([self._units[u.key] for u in in_turn]), folding
+        )
 
     @cached_property
     def _folding(self) -> Folding:
@@ -262,7 +247,7 @@ def pack_model(
     out: str | Path,
     *,
     quantizer: str = "rtn",
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     calibration: CalibrationSet | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:

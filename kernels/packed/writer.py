@@ -106,10 +106,11 @@ class PackedWriter:
                             fix="free some space, name a folder on another disk, or solve for fewer bits")  # fmt: skip
 
     def pending(self) -> list[int]:
-        """Shards that are not there yet. A shard that is there but not sound counts as missing."""
-        return [i for i in range(len(self.specs)) if not self._sound(i)]
+        """Shards that are not there yet."""
+        return [i for i in range(len(self.specs)) if not self.is_written(i)]
 
-    def _sound(self, number: int) -> bool:
+    def is_written(self, number: int) -> bool:
+        """Whether a shard is there. One that is there but not sound counts as missing."""
         path = self.out / shard_name(number)
         if not path.is_file():
             return False
