@@ -67,8 +67,10 @@ def index_gguf(path: str | Path) -> ModelIndex:
             f"the weights are already quantised ({', '.join(types)}); damage is measured against those"
         )
     digest = hashlib.sha256(header.sha256.encode() + sampled_digest(path, header.file_size)).hexdigest()
+    # For people only: the importer's config does without.
+    longest = header.metadata.get(f"{header.metadata['general.architecture']}.context_length")
     return build_index(
-        path, config, infos, digest, name=path.stem, architecture=f"GGUF {header.metadata['general.architecture']}",
+        path, {"max_position_embeddings": longest, **config}, infos, digest, name=path.stem, architecture=f"GGUF {header.metadata['general.architecture']}",
         notes=notes, source="gguf",
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.analysis.checkpoint import CheckpointFiles
+from bitatlas.analysis.context_length import positions
 from bitatlas.analysis.families import ROLE_ORDER, Place, classify
 from bitatlas.analysis.kv_geometry import config_int, kv_geometry
 from bitatlas.analysis.safetensors_header import TensorInfo, open_regular
@@ -116,6 +117,7 @@ def build_index(
         odd = [u.key for u in units if u.role == "linear"]
         notes.append(f"{len(odd)} matrices have no known role and count as plain linears, such as {odd[0]}")
     embed = next((u for u in units if u.role == "embed"), None)
+    longest, learned = positions(config, kept)
     return ModelIndex(
         path=str(path), digest=digest, name=name, architecture=architecture, model_type=model_type,
         units=tuple(units), kept=tuple(kept),
@@ -123,7 +125,7 @@ def build_index(
         n_experts=1 + max(u.expert for u in units),
         top_k=config_int(config, "top_k") if any(u.expert >= 0 for u in units) else 0,
         kv=kv_geometry(config), vocab_size=embed.rows if embed else config_int(config, "vocab"),
-        source=source, notes=tuple(notes),
+        source=source, notes=tuple(notes), positions=longest, learned_positions=learned,
     )  # fmt: skip
 
 

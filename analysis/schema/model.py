@@ -124,6 +124,7 @@ class ModelIndex:
         vocab_size: rows of the embedding, 0 when unknown.
         source: ``safetensors`` or ``gguf``.
         notes: remarks for people ("head is tied to the embedding").
+        positions: the longest sequence it was made for, 0 when unknown; learned_positions: there is no position beyond.
     """
 
     path: str
@@ -140,6 +141,8 @@ class ModelIndex:
     vocab_size: int = 0
     source: str = "safetensors"
     notes: tuple[str, ...] = ()
+    positions: int = 0
+    learned_positions: bool = False
 
     @cached_property  # pages ask for it at every turn, and there may be a hundred thousand units
     def params(self) -> int:

@@ -10,7 +10,7 @@ from bitatlas.analysis.schema import UserError, expand_formats
 from bitatlas.app.dataset_text import PREFIXES, dataset_file
 from bitatlas.app.tasks.demo import demo_path, demo_text
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
-from bitatlas.app.tasks.models import register
+from bitatlas.app.tasks.models import fit_length, register
 
 __all__ = [
     "applicable_metrics",
@@ -171,6 +171,8 @@ def measure_params(
             found="none was named",
             fix="--calibration FILE (text or JSONL), datasets:NAME, or self",
         )
+    if needy:
+        fit_length(index, seq_len)
     if text_mode not in ("packed", "document"):
         raise UserError("unknown calibration mode", found=repr(text_mode), fix="packed or document")
     known = {key for n in names for key in METRICS[n].SETTINGS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -11,7 +12,9 @@ from bitatlas.analysis.schema import FORMATS, ModelIndex, UserError
 from bitatlas.cache.paths import Home
 from bitatlas.cache.store import Store
 
-__all__ = ["confine", "locate", "model_roots", "open_index", "register", "scan"]
+__all__ = ["confine", "fit_length", "locate", "model_roots", "open_index", "register", "scan"]
+
+log = logging.getLogger("bitatlas")
 
 
 def model_roots() -> tuple[Path, ...]:
@@ -89,6 +92,18 @@ def register(model: str | Path) -> ModelIndex:
     index = open_index(model)
     Store(Home.default()).put_model(index)
     return index
+
+
+def fit_length(index: ModelIndex, seq_len: int) -> None:
+    """Say on the log where sequences are longer than what the model was made for.
+
+    Raises:
+        UserError: it cannot read them at all.
+    """
+    from bitatlas.analysis.context_length import check_length
+
+    if note := check_length(index, seq_len):
+        log.warning("note: %s", note)
 
 
 def scan(model: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from bitatlas.app.budgets import resolve_budget
 from bitatlas.app.kv_plan import cache_pairs, pair_names
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait, the_jobs
 from bitatlas.app.tasks.measuring import calibration_file, file_digest
-from bitatlas.app.tasks.models import register
+from bitatlas.app.tasks.models import fit_length, register
 from bitatlas.app.tasks.solving import build_problem, default_metric, find_table, read_allocation
 from bitatlas.cache.keys import digest
 from bitatlas.cache.paths import Home, write_output
@@ -95,6 +95,7 @@ def submit_search(
     for name, value in (("tokens", tokens), ("sequence length", seq_len)):
         if value < 2:
             raise UserError(f"the {name} must be at least 2", found=str(value))
+    fit_length(index, seq_len)
     if precision not in PRECISIONS:
         raise UserError("no such precision", found=precision, fix=f"one of {', '.join(PRECISIONS)}")
     chosen = dict(settings or {}) | ({} if steps is None else {"steps": steps})

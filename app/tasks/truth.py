@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bitatlas.analysis.context_length import check_length
 from bitatlas.analysis.schema import UserError, expand_formats
 from bitatlas.app.tasks.jobs import submit, submit_and_wait
 from bitatlas.app.tasks.measuring import calibration_file, file_digest, submit_measure
@@ -40,6 +41,7 @@ def submit_random_allocations(
     if file is None:
         raise UserError("the truth needs a text", found="none was named",
                         fix="--text FILE, not the calibration text of the metrics")  # fmt: skip
+    check_length(index, seq_len)  # what only deserves a note stands in the job's log
     params = {
         "model": index.path, "digest": index.digest, "text": str(file), "text_sha": file_digest(file),
         "tokens": tokens, "seq_len": seq_len, "text_seed": 0, "n": n, "low": float(low), "high": float(high),

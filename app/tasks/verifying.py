@@ -9,7 +9,7 @@ from typing import Any
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
 from bitatlas.app.tasks.measuring import calibration_file, file_digest
-from bitatlas.app.tasks.models import register
+from bitatlas.app.tasks.models import fit_length, register
 from bitatlas.app.tasks.solving import read_allocation
 from bitatlas.cache.keys import digest
 from bitatlas.cache.paths import Home
@@ -68,6 +68,7 @@ def submit_verify(
             found="none was named",
             fix="--text FILE, not the calibration text",
         )
+    fit_length(index, seq_len)
     params = {
         "model": index.path, "digest": index.digest, "allocations": list(dict.fromkeys(ids)), "text": str(file),
         "text_sha": file_digest(file), "tokens": tokens, "seq_len": seq_len, "seed": seed,
@@ -101,6 +102,7 @@ def quantizer_params(
                         fix="--calibration FILE (text or JSONL)")  # fmt: skip
     if min(tokens, seq_len) < 2:
         raise UserError("tokens and sequence length must be at least 2", found=f"{tokens}, {seq_len}")
+    fit_length(index, seq_len)
     about = {"calibration": str(text), "calibration_sha": file_digest(text)}
     return params | about | {"calibration_tokens": tokens, "calibration_seq_len": seq_len}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from bitatlas.analysis.schema import ModelIndex, UserError
 from bitatlas.cache.paths import Home
 
 __all__ = ["loadable", "unchanged"]
+
+log = logging.getLogger("bitatlas")
 
 
 def loadable(index: ModelIndex, home: Home) -> ModelIndex:
@@ -28,11 +31,12 @@ def loadable(index: ModelIndex, home: Home) -> ModelIndex:
 
 
 def unchanged(params: Mapping[str, Any]) -> ModelIndex:
-    """The index of a job's model (``model``, ``digest``).
+    """The index of a job's model (``model``, ``digest``); sequences longer than it was made for are noted in the job's log.
 
     Raises:
-        UserError: the checkpoint is not the one that the job was submitted for.
+        UserError: the checkpoint is not the one that the job was submitted for, or has no positions for its sequences.
     """
+    from bitatlas.analysis.context_length import check_length
     from bitatlas.analysis.model_index import index_model
 
     index = index_model(params["model"])
@@ -42,4 +46,6 @@ def unchanged(params: Mapping[str, Any]) -> ModelIndex:
             found=f"digest {index.digest[:12]}, the job is for {params['digest'][:12]}",
             fix="submit it again, for the checkpoint as it is now",
         )
+    if note := check_length(index, int(params.get("seq_len") or 0)):
+        log.warning("note: %s", note)
     return index

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from bitatlas.analysis.metrics import METRICS
+from bitatlas.analysis.model_index import index_model
+from bitatlas.analysis.schema import Allocation, UserError
 from bitatlas.app.tasks.measuring import measure_params
+from bitatlas.app.tasks.searching import submit_search
+from bitatlas.app.tasks.truth import submit_random_allocations, truth
+from bitatlas.app.tasks.verifying import submit_verify
+from bitatlas.app.work.checkpoint import unchanged
 
 
 def test_a_new_version_of_a_metric_is_another_request(
@@ -33,3 +39,46 @@ def test_a_new_version_of_a_metric_is_another_request(
     assert "versions" not in before  # as it was asked when there was nothing else
     monkeypatch.setattr(METRICS["weight_error"], "VERSION", 2)
     assert asked() == before | {"versions": {"weight_error": 2}}
+
+
+def test_sequences_longer_than_the_model_reads(
+    tmp_path: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Learned positions end: no job. Rotary ones go on: a note, beside the request and in the job's log."""
+    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 4000)
+
+    def asked(model: Path, metric: str, seq_len: int) -> dict[str, object]:
+        return measure_params(model, metric, formats="int4-g32", calibration=text, tokens=1024, seq_len=seq_len,
+                              seed=0, settings=None)  # fmt: skip
+
+    gpt2, llama = tiny_checkpoint("gpt2"), tiny_checkpoint("llama")
+    with pytest.raises(UserError, match="positions"):
+        asked(gpt2, "fisher", 257)
+    for ask in (
+        lambda: submit_random_allocations(gpt2, text=text, seq_len=257),
+        lambda: truth(gpt2, text=text, seq_len=257),
+        lambda: submit_verify(gpt2, _plan(gpt2, tmp_path), text=text, seq_len=257),
+        lambda: submit_verify(gpt2, _plan(gpt2, tmp_path), text=text, seq_len=16, quantizer="gptq", calibration=text),
+        lambda: submit_search(gpt2, bits=4.0, formats="int{2,4}-g32", calibration=text, seq_len=257),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="positions"):
+            ask()
+    assert asked(gpt2, "weight_error", 257)["seq_len"] == 0  # reads no text
+    assert not caplog.records
+    asked(llama, "fisher", 256)
+    assert not caplog.records
+    params = asked(llama, "fisher", 257)
+    assert "257 tokens a sequence" in caplog.text
+    caplog.clear()
+    unchanged(params)
+    assert "257 tokens a sequence" in caplog.text
+
+
+def _plan(model: Path, folder: Path) -> Path:
+    index = index_model(model)
+    plan = Allocation(index.digest, index.name, dict.fromkeys(index.unit_keys(), "int4-g32"), 1, 0, 4.0)
+    path = folder / "plan.json"
+    path.write_text(plan.to_json())
+    return path
