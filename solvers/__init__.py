@@ -17,6 +17,7 @@ from bitatlas.solvers.baq import Baq
 from bitatlas.solvers.base import PROVED, SOLUTION_PRESENT, STATUSES, Solution, Solver
 from bitatlas.solvers.bisection import Bisection
 from bitatlas.solvers.certificate import Certificate, certify
+from bitatlas.solvers.double_pointer import DoublePointer
 from bitatlas.solvers.evopress import EvoPress
 from bitatlas.solvers.front_cache import FrontCache, FrontPoint
 from bitatlas.solvers.frontier import frontier
@@ -37,6 +38,7 @@ from bitatlas.solvers.random_search import RandomSearch
 from bitatlas.solvers.rco import Rco
 from bitatlas.solvers.refine import Refine
 from bitatlas.solvers.searcher import Searcher, State
+from bitatlas.solvers.threshold import Threshold
 from bitatlas.solvers.tpe import Tpe
 from bitatlas.solvers.uniform import Uniform
 
@@ -74,6 +76,8 @@ SOLVERS: dict[str, type[Solver]] = {
     "pmq": Pmq,
     "pmq_global": PmqGlobal,
     "bisection": Bisection,
+    "threshold": Threshold,
+    "double_pointer": DoublePointer,
     "uniform": Uniform,
     "first_last": FirstLast,
     "attention_high": AttentionHigh,

@@ -86,6 +86,10 @@ class Solver(ABC):
     MULTI_BUDGET: ClassVar[bool] = False
     """Accepts ``problem.side``."""
     NEEDS_DAMAGE: ClassVar[bool] = True
+    RANKS: ClassVar[bool] = False
+    """Also takes a metric that does not depend on the format, as ``problem.score``."""
+    METRICS: ClassVar[tuple[str, ...]] = ()
+    """What it is published with, the one to ask first comes first; () = any damage."""
     USES_INTERACTION: ClassVar[bool] = False
     """Minimises ``problem.quadratic`` rather than the sum of damages."""
     REQUIRES: ClassVar[tuple[str, ...]] = ()

@@ -8,7 +8,15 @@ from functools import cached_property
 
 import numpy as np
 
-from bitatlas.analysis.schema import Format, ModelIndex, SensitivityTable, TieGroup, UserError, parse_format
+from bitatlas.analysis.schema import (
+    SMALL_MATTERS,
+    Format,
+    ModelIndex,
+    SensitivityTable,
+    TieGroup,
+    UserError,
+    parse_format,
+)
 from bitatlas.solvers.classes import Classes, merge_ties, tie_labels
 from bitatlas.solvers.impute import impute_unknown
 
@@ -51,6 +59,7 @@ class Problem:
         interaction_scale: 1 / (2 T), so that scale * mean_s a**2 is a damage.
         shrinkage: weight of the cross-unit terms, 0 (additive) to 1 (as measured).
         experts: (U,) int expert number, -1 for units that are no expert.
+        score: (U,) float64 importance, larger = more, NaN = unknown; or None. See `with_score`.
     """
 
     units: tuple[str, ...]
@@ -73,6 +82,7 @@ class Problem:
     interaction: np.ndarray | None = None
     interaction_scale: float = 1.0
     shrinkage: float = 1.0
+    score: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -240,6 +250,19 @@ class Problem:
         other.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("classes", "has_damage")})
         return other
 
+    def with_score(self, table: SensitivityTable) -> Problem:
+        """The same problem with its units ranked by a metric that does not depend on the format.
+
+        Raises:
+            ValueError: a metric that depends on it.
+        """
+        if table.damage.shape[1] != 1:
+            raise ValueError(f"{table.metric} has {table.damage.shape[1]} formats, a score has none")
+        of_unit = dict(zip(table.units, table.damage[:, 0].tolist()))
+        score = np.array([of_unit.get(key, np.nan) for key in self.units])
+        sign = -1.0 if table.metric in SMALL_MATTERS else 1.0
+        return replace(self, score=sign * score, metric=table.metric)
+
     def payload(self, choice: np.ndarray) -> int:
         """Bytes of an allocation, choice (U,) of format indices."""
         return int(self.bytes[np.arange(len(self.units)), choice].sum())
@@ -269,7 +292,7 @@ def _damage_of(
     if table.formats == ("-",):
         raise UserError(
             f"{table.metric} does not depend on the format, so it cannot choose one",
-            fix="solve with a metric that is measured per format; `bitatlas metrics` lists them",
+            fix="--solver threshold ranks units by it; others need a metric per format, `bitatlas metrics` lists them",
         )
     selected = table.select(measurable)
     row_of = {key: i for i, key in enumerate(selected.units)}

@@ -15,6 +15,7 @@ from bitatlas.analysis.schema.allocation import (
 from bitatlas.analysis.schema.damage import (
     KL_DAMAGES,
     NO_FORMAT,
+    SMALL_MATTERS,
     SOLVE_BY_DEFAULT,
     SOLVE_WITH,
     DamageRow,
@@ -44,6 +45,7 @@ __all__ = [
     "KV_DAMAGES",
     "KV_FORMATS",
     "NO_FORMAT",
+    "SMALL_MATTERS",
     "SOLVE_BY_DEFAULT",
     "SOLVE_WITH",
     "Allocation",

@@ -14,6 +14,7 @@ from bitatlas.kernels.formats import FORMATS
 __all__ = [
     "KL_DAMAGES",
     "NO_FORMAT",
+    "SMALL_MATTERS",
     "SOLVE_BY_DEFAULT",
     "SOLVE_WITH",
     "DamageRow",
@@ -23,6 +24,11 @@ __all__ = [
 
 NO_FORMAT = "-"
 """The format column of a metric that does not depend on the format (routing counts, alpha)."""
+
+SMALL_MATTERS = frozenset(
+    {"zd", "zd_unit", "cka", "cca", "cca_output", "spectral_alpha", "alpha_hill", "alpha_hill_plain"}
+)
+"""Scores that do not depend on the format and are smaller where a unit is more important; of the others the larger ones are."""
 
 SOLVE_BY_DEFAULT = ("fisher_anchored", "fisher_scaled", "fisher")
 """Damages that one measurement leaves: the first that is there is solved with when none is named."""

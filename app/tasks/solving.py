@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitatlas.analysis.schema import (
+    NO_FORMAT,
     SOLVE_BY_DEFAULT,
     Allocation,
     Budget,
@@ -37,7 +38,7 @@ from bitatlas.app.tasks.joint import find_kv_table, solve_joint
 from bitatlas.app.tasks.models import register
 from bitatlas.cache.paths import Home, write_output
 from bitatlas.cache.store import Store
-from bitatlas.solvers import Problem, get_solver, to_allocation
+from bitatlas.solvers import Problem, Solver, get_solver, to_allocation
 from bitatlas.solvers import frontier as sweep
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ __all__ = [
 
 
 def find_table(store: Store, index: ModelIndex, metric: str, formats: tuple[str, ...]) -> SensitivityTable:
-    """The newest finished measurement of ``metric`` that covers ``formats``.
+    """The newest finished measurement of ``metric`` that covers ``formats``, or that does not depend on them.
 
     Raises:
         UserError: never measured, or not for these formats.
@@ -68,7 +69,8 @@ def find_table(store: Store, index: ModelIndex, metric: str, formats: tuple[str,
             found=f"measured: {', '.join(known) or 'nothing'}",
             fix=f"bitatlas measure {index.path} --metric {metric} --formats {','.join(formats)} --wait",
         )
-    return store.table(run, metric, index.unit_keys()).select(formats)
+    table = store.table(run, metric, index.unit_keys())
+    return table if table.formats == (NO_FORMAT,) else table.select(formats)
 
 
 def default_metric(store: Store, index: ModelIndex, formats: tuple[str, ...]) -> str:
@@ -106,6 +108,22 @@ def build_problem(
     )
 
 
+def posed(
+    algorithm: Solver,
+    index: ModelIndex,
+    table: SensitivityTable | None,
+    formats: tuple[str, ...],
+    limit_bytes: int,
+    pins: dict[str, str],
+    limits: Limits | None = None,
+    ties: tuple[TieGroup, ...] = (),
+) -> Problem:
+    """`build_problem` for a solver: a metric without formats becomes the score of one that ranks by it."""
+    if table is None or not algorithm.RANKS or table.formats != (NO_FORMAT,):
+        return build_problem(index, table, formats, limit_bytes, pins, limits, ties)
+    return build_problem(index, None, formats, limit_bytes, pins, limits, ties).with_score(table)
+
+
 def expert_evidence(
     store: Store, index: ModelIndex, table: SensitivityTable | None
 ) -> dict[str, SensitivityTable]:
@@ -124,7 +142,7 @@ def _prepare(
     formats: str | tuple[str, ...],
     pins: list[str],
     target: str | None,
-    needs_damage: bool,
+    algorithm: Solver,
 ) -> tuple[Store, ModelIndex, str, SensitivityTable | None, tuple[str, ...], dict[str, str], Limits | None]:
     index = register(model)
     store = Store(Home.default())
@@ -137,10 +155,17 @@ def _prepare(
         limits = limits_of(get_target(target), index, names)
         names = limits.formats
     pinned = resolve_pins(pins, index.unit_keys())
+    if not metric and algorithm.METRICS:
+        known = (m for m in algorithm.METRICS if store.latest_run(index.digest, m, names))
+        metric = next(known, algorithm.METRICS[0])
     metric = metric or default_metric(store, index, names)
     table = None
     # A rule that needs no damage is still told it where it is known, so that its prediction can be shown.
-    if needs_damage or store.latest_run(index.digest, metric, names) is not None:
+    if (
+        algorithm.NEEDS_DAMAGE
+        or algorithm.METRICS
+        or store.latest_run(index.digest, metric, names) is not None
+    ):
         table = find_table(store, index, metric, names)
     return store, index, metric, table, names, pinned, limits
 
@@ -172,7 +197,8 @@ def solve(
 ) -> Allocation:
     """The best allocation that a solver finds within a budget; stored, and written to ``output`` when named.
 
-    ``metric``: a measured damage; by default ``fisher_anchored``, ``fisher_scaled`` or ``fisher``, the first that was measured.
+    ``metric``: a measured damage; by default ``fisher_anchored``, ``fisher_scaled`` or ``fisher``, the first that was measured, or
+    what the solver is published with. `threshold` also takes metrics that do not depend on the format, such as ``lim`` and ``zd``.
     ``kv``: K and V of every layer get formats too, under the same ``fit`` budget; ``kv_bits`` gives all layers the same,
     ``kv_plan`` each its own (`app.kv_plan`).
     Further limits hold beside the bytes (`app.side_budgets`): ``latency_ms`` of one decoding step of ``batch`` sequences by the
@@ -198,9 +224,9 @@ def solve(
         solver = "ilp" if asked else "hull"
     algorithm = get_solver(solver)
     store, index, metric, table, names, pinned, limits = _prepare(
-        model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
+        model, metric, formats, pins or [], target, algorithm
     )
-    problem = build_problem(index, table, names, 0, pinned, limits, expert_ties(index, rules.ties))
+    problem = posed(algorithm, index, table, names, 0, pinned, limits, expert_ties(index, rules.ties))
     if rules:
         problem = under_rules(problem, index, expert_evidence(store, index, table), rules, metric, seed)
     if kv and fit is not None:
@@ -216,8 +242,8 @@ def solve(
         budget = resolve_budget(index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
                                 reserve=reserve, kv=same)  # fmt: skip
         side = SideLimits(latency_ms, bops, active_bytes, batch) if asked else None
-        posed = problem.with_limit(problem.limit_bytes + budget.weights_bytes - index.kept_bytes)
-        allocation = _solved(posed, index, table, names, budget, solver, limits, seed, side, rules)
+        asked_for = problem.with_limit(problem.limit_bytes + budget.weights_bytes - index.kept_bytes)
+        allocation = _solved(asked_for, index, table, names, budget, solver, limits, seed, side, rules)
         allocation = replace(allocation, kv=pair_names(same))
     store.put_allocation(allocation)
     if output is not None:
@@ -237,7 +263,8 @@ def solve_table(
     side: SideLimits | None = None,
 ) -> Allocation:
     """`solve` without the store: what a page calls while a slider moves."""
-    problem = build_problem(index, table, formats, budget.weights_bytes - index.kept_bytes, pins, limits)
+    limit = budget.weights_bytes - index.kept_bytes
+    problem = posed(get_solver(solver), index, table, formats, limit, pins, limits)
     return _solved(problem, index, table, formats, budget, solver, limits, seed, side)
 
 
@@ -292,12 +319,12 @@ def frontier(
     at_least("number of points", points, 2)
     algorithm, rules = get_solver(solver), experts or ExpertRules()
     store, index, metric, table, names, pinned, limits = _prepare(
-        model, metric, formats, pins or [], target, algorithm.NEEDS_DAMAGE
+        model, metric, formats, pins or [], target, algorithm
     )
     fmts = [parse_format(f) for f in names]
     sizes = index.bytes_table(fmts) if limits is None else limits.bytes(index, (*names, "bf16"))
     ceiling = int(sizes.max(axis=1).sum())
-    problem = build_problem(index, table, names, ceiling, pinned, limits, expert_ties(index, rules.ties))
+    problem = posed(algorithm, index, table, names, ceiling, pinned, limits, expert_ties(index, rules.ties))
     if rules:
         problem = under_rules(problem, index, expert_evidence(store, index, table), rules, metric)
     problem = with_probes(problem, table, algorithm)
