@@ -17,9 +17,10 @@ from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.schema import QuantUnit, parse_format
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import Format
-from bitatlas.kernels.packed.matrix import quantised_weight
+from bitatlas.kernels.packed.matrix import quantised_matrix, quantised_weight
 from bitatlas.kernels.quantizers import Quantizer, get_quantizer
 from bitatlas.kernels.quantizers.awq import EXPONENTS, channel_scale, output_errors
+from bitatlas.kernels.reference import Quantized
 
 __all__ = ["UnitQuantizer", "search_folding"]
 
@@ -123,6 +124,13 @@ class UnitQuantizer:
     def prepared(self, unit: str, weight: Tensor) -> Tensor:
         """(rows, cols) weight with the scales folded in."""
         return self.folding.apply(unit, weight)
+
+    def codes(self, unit: str, weight: Tensor, fmt: Format) -> Quantized:
+        """What is packed of a (rows, cols) weight, unpacked: for containers other than ours."""
+        prepared, one = self.prepared(unit, weight), self.instance(unit, fmt)
+        if fmt.per_tensor:
+            one.largest = prepared.abs().amax()
+        return quantised_matrix(prepared, fmt, one)
 
     def effective(self, unit: str, weight: Tensor, fmt: Format) -> Tensor:
         """(rows, cols) float32: what stands in for the original weight after packing, folds undone."""

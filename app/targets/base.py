@@ -18,7 +18,6 @@ from bitatlas.app.targets.kv import KvSetting, kv_setting
 
 if TYPE_CHECKING:
     from bitatlas.analysis.calibration import CalibrationSet
-    from bitatlas.analysis.loaded import LoadedModel
     from bitatlas.app.work.engine_checkpoint import Container
 
 __all__ = ["REJECTED", "SERVABLE", "WRONG", "Finding", "Target", "Verdict"]
@@ -100,6 +99,7 @@ class Target(ABC):
     TITLE: ClassVar[str]
     SERVES: ClassVar[str]  # who reads the files, in words
     KV_ENGINE: ClassVar[str] = "transformers"  # whose KV cache it is (`targets.kv`)
+    TAKES_TEXT: ClassVar[bool] = False  # a calibration text becomes files (`write_text_files`)
 
     # -- what it loads ------------------------------------------------------------------------------------------
 
@@ -222,27 +222,46 @@ class Target(ABC):
         """How the engine stores quantised matrices, where we can write them; imports torch."""
         return None
 
-    def write_weights(
-        self, allocation: Allocation, index: ModelIndex, out: str | Path, *, quantizer: str = "rtn"
-    ) -> list[Path]:
-        """Write the finished checkpoint into the folder ``out``; returns its files.
+    def check_weights(self, allocation: Allocation, index: ModelIndex) -> None:
+        """Whether `write_weights` can make this checkpoint; a look, no work.
 
         Raises:
             UserError: the engine's own tools make it, or something in the model is not written here.
         """
-        container = self.container()
-        if container is None:
+        if self.container() is None:
             raise UserError(f"the weights of {self.NAME} are made by its own tools",
                             fix="export without --weights and run the command")  # fmt: skip
+
+    def write_weights(
+        self, allocation: Allocation, index: ModelIndex, out: str | Path, *, quantizer: str = "rtn",
+        calibration: CalibrationSet | None = None,
+    ) -> list[Path]:  # fmt: skip
+        """Write the finished checkpoint into the folder ``out``; returns its files.
+
+        ``calibration`` holds the tokens for a quantiser that needs or takes the units' inputs.
+
+        Raises:
+            UserError: as `check_weights`; a quantiser that this container cannot hold; no text where one is needed.
+        """
+        self.check_weights(allocation, index)
+        container = self.container()
+        assert container is not None
         from bitatlas.app.work.engine_checkpoint import write_engine_checkpoint
 
-        return sorted(
-            write_engine_checkpoint(container, index, allocation, out, quantizer=quantizer).iterdir()
+        folder = write_engine_checkpoint(
+            container, index, allocation, out, quantizer=quantizer, calibration=calibration
         )
+        return sorted(folder.iterdir())
 
-    def write_statistics(self, loaded: LoadedModel, text: CalibrationSet, out: Path) -> list[Path]:
-        """Files that the engine's own tools make of a calibration text, where we can write them; none by default."""
-        raise UserError(f"{self.NAME} takes no statistics of a text", fix="export without --calibration")
+    def serve_command(self, files: list[Path], allocation: Allocation, index: ModelIndex) -> str:
+        """What starts the engine on what `write_weights` wrote."""
+        return ""
+
+    def write_text_files(
+        self, index: ModelIndex, text: Path, tokens: int, seq_len: int, out: Path
+    ) -> list[Path]:
+        """Files that a calibration text becomes, in the folder ``out``; only where `TAKES_TEXT`."""
+        return []
 
     @abstractmethod
     def render(self, allocation: Allocation, index: ModelIndex) -> dict[str, str]:

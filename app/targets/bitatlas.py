@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from bitatlas.analysis.schema import Allocation, Format, ModelIndex
+from bitatlas.analysis.schema import Allocation, Format, ModelIndex, UserError
 from bitatlas.app.targets.base import Target
 
 __all__ = ["Bitatlas"]
@@ -21,6 +21,11 @@ class Bitatlas(Target):
     def loads(self, fmt: Format) -> bool:
         """All of them."""
         return True
+
+    def check_weights(self, allocation: Allocation, index: ModelIndex) -> None:
+        """Always raises: the packer writes them, as a job that can be resumed."""
+        raise UserError("`bitatlas pack` writes this checkpoint",
+                        fix=f"bitatlas pack {shlex.quote(index.path)} allocation.json -o DIR")  # fmt: skip
 
     def render(self, allocation: Allocation, index: ModelIndex) -> dict[str, str]:
         """The allocation itself and the commands."""

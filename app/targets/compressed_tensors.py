@@ -14,6 +14,7 @@ import json
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
@@ -178,9 +179,16 @@ class CompressedTensors(Target):
 
     def command(self, allocation: Allocation, index: ModelIndex) -> str:
         """Quantise, then serve."""
-        out = shlex.quote(f"{index.name}-compressed")
-        flags = self.kv(allocation, index).flags
-        return f"python quantize.py {shlex.quote(index.path)} {out}\nvllm serve {out} {flags}".rstrip()
+        out = f"{index.name}-compressed"
+        serve = self._serve(out, allocation, index)
+        return f"python quantize.py {shlex.quote(index.path)} {shlex.quote(out)}\n{serve}"
+
+    def serve_command(self, files: list[Path], allocation: Allocation, index: ModelIndex) -> str:
+        """`vllm serve` of the folder."""
+        return self._serve(str(files[0].parent), allocation, index)
+
+    def _serve(self, folder: str, allocation: Allocation, index: ModelIndex) -> str:
+        return f"vllm serve {shlex.quote(folder)} {self.kv(allocation, index).flags}".rstrip()
 
 
 class Vllm(CompressedTensors):

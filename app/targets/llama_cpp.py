@@ -32,7 +32,6 @@ from bitatlas.app.targets.ggml import (
 
 if TYPE_CHECKING:
     from bitatlas.analysis.calibration import CalibrationSet
-    from bitatlas.analysis.loaded import LoadedModel
 
 __all__ = ["LlamaCpp"]
 
@@ -49,6 +48,7 @@ class LlamaCpp(Target):
     TITLE = "llama.cpp (GGUF)"
     SERVES = "llama.cpp, Ollama, LM Studio and everything else that reads GGUF"
     KV_ENGINE = "llama.cpp"
+    TAKES_TEXT = True
 
     def loads(self, fmt: Format) -> bool:
         """Every format has a ggml type of the same bits."""
@@ -125,20 +125,38 @@ class LlamaCpp(Target):
         used = {asked for asked, _, _ in types.values()}
         return next((base for base, kind in _BASES.items() if kind not in used), "Q4_K_M")
 
+    def check_weights(self, allocation: Allocation, index: ModelIndex) -> None:
+        """The architectures and types of `app.work.gguf_checkpoint`."""
+        from bitatlas.app.work.gguf_checkpoint import check_gguf
+
+        check_gguf(index, allocation)
+
     def write_weights(
-        self, allocation: Allocation, index: ModelIndex, out: str | Path, *, quantizer: str = "rtn"
-    ) -> list[Path]:
+        self, allocation: Allocation, index: ModelIndex, out: str | Path, *, quantizer: str = "rtn",
+        calibration: CalibrationSet | None = None,
+    ) -> list[Path]:  # fmt: skip
         """One GGUF file in the folder, for the types that the gguf package can make."""
         from bitatlas.app.work.gguf_checkpoint import write_gguf
 
         name = "".join(c if c.isalnum() or c in "-_." else "-" for c in index.name)
-        return [write_gguf(index, allocation, Path(out) / f"{name}-mix.gguf", quantizer=quantizer)]
+        file = Path(out) / f"{name}-mix.gguf"
+        return [write_gguf(index, allocation, file, quantizer=quantizer, calibration=calibration)]
 
-    def write_statistics(self, loaded: LoadedModel, text: CalibrationSet, out: Path) -> list[Path]:
+    def serve_command(self, files: list[Path], allocation: Allocation, index: ModelIndex) -> str:
+        """`llama-server` on the file."""
+        return f"llama-server -m {shlex.quote(str(files[0]))} {self.kv(allocation, index).flags}".rstrip()
+
+    def write_text_files(
+        self, index: ModelIndex, text: Path, tokens: int, seq_len: int, out: Path
+    ) -> list[Path]:
         """``imatrix.gguf``, which run.sh uses when it is there."""
+        from bitatlas.analysis.calibration import load_tokenizer, make_calibration
+        from bitatlas.analysis.loaded import LoadedModel
         from bitatlas.app.work.imatrix import write_imatrix
 
-        return [write_imatrix(loaded, text, out / "imatrix.gguf")]
+        tokenizer = load_tokenizer(index.path)
+        found = make_calibration(tokenizer, text, tokens, seq_len, vocab_size=index.vocab_size)
+        return [write_imatrix(LoadedModel.open(index), found, out / "imatrix.gguf")]
 
     def render(self, allocation: Allocation, index: ModelIndex) -> dict[str, str]:
         """The tensor type file and the commands."""

@@ -11,6 +11,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
@@ -125,8 +126,17 @@ class Mlx(Target):
 
     def command(self, allocation: Allocation, index: ModelIndex) -> str:
         """Convert, then try it."""
-        out = shlex.quote(f"{index.name}-mlx")
-        return f"python convert.py {shlex.quote(index.path)} {out}\nmlx_lm.generate --model {out} --prompt 'Once upon a time' {self.kv(allocation, index).flags}".rstrip()
+        out = f"{index.name}-mlx"
+        generate = self._generate(out, allocation, index)
+        return f"python convert.py {shlex.quote(index.path)} {shlex.quote(out)}\n{generate}"
+
+    def serve_command(self, files: list[Path], allocation: Allocation, index: ModelIndex) -> str:
+        """Generate with the folder; mlx_lm's server has no option for the KV cache."""
+        return self._generate(str(files[0].parent), allocation, index)
+
+    def _generate(self, folder: str, allocation: Allocation, index: ModelIndex) -> str:
+        flags = self.kv(allocation, index).flags
+        return f"mlx_lm.generate --model {shlex.quote(folder)} --prompt 'Once upon a time' {flags}".rstrip()
 
 
 def _entry(fmt: Format) -> dict[str, Any]:

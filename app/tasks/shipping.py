@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
 from bitatlas.app.talker import Talker
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
+from bitatlas.app.tasks.measuring import calibration_file
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.solving import read_allocation
-from bitatlas.cache.paths import Home, atomic_write
+from bitatlas.cache.paths import Home, atomic_write, disk_error
 from bitatlas.cache.store import Store
 
 if TYPE_CHECKING:
-    from bitatlas.app.targets import Target, Verdict
+    from bitatlas.analysis.calibration import CalibrationSet
 
 __all__ = ["check", "export", "generate", "index_of", "pack", "submit_pack"]
 
@@ -161,14 +165,18 @@ def export(
 ) -> dict[str, Any]:
     """Write the files of a target and say which command to run; with ``weights`` the finished checkpoint instead.
 
-    ``calibration`` (with ``tokens``, ``seq_len``) adds what the engine's own tools would make of a text: llama.cpp's imatrix.
+    ``calibration`` (with ``tokens``, ``seq_len``) is the text of a ``quantizer`` that reads one; without ``weights``
+    it adds what the engine's own tools would make of a text, such as llama.cpp's imatrix.
 
     Raises:
-        UserError: the engine rejects the allocation (for weights: does not serve it), or its container is not one
-            that is written here; nothing is written then.
+        UserError: the engine rejects the allocation (for weights: does not serve it), its container is not one that
+            is written here, or an option that does not count for it; nothing is written then.
     """
     from bitatlas.app.targets import get_target
+    from bitatlas.app.work.checkpoint import loadable
+    from bitatlas.app.work.pack import check_quantizer
 
+    check_quantizer(quantizer)
     plan = allocation if isinstance(allocation, Allocation) else read_allocation(allocation)
     index = index_of(plan, model)
     engine = get_target(target)
@@ -177,49 +185,83 @@ def export(
         raise UserError(
             f"{target} rejects this allocation", found="; ".join(verdict.reasons[:3]), fix=verdict.change
         )
-    if weights:
-        return {
-            "target": target,
-            **verdict.to_dict(),
-            **_export_weights(engine, verdict, plan, index, output, quantizer),
-        }
-    files = engine.render(plan, index)
+    about = {"target": target, **verdict.to_dict()}
     folder = Path(output).expanduser()
-    for name, text in files.items():
-        atomic_write(folder / name, text.encode(), named=True)
-    more = _statistics(engine, index, folder, calibration, tokens, seq_len) if calibration else []
+    if weights:
+        if verdict.status != "servable":
+            raise UserError(f"{target} would not serve this", found=verdict.reasons[0], fix=verdict.change)
+        engine.check_weights(plan, index)
+        text = _quantizer_text(index, quantizer, calibration, tokens, seq_len)
+        source = loadable(index, Home.default())
+        inputs = _calibration(source, text, tokens, seq_len) if text else None
+        made = engine.write_weights(
+            replace(plan, model_digest=source.digest), source, folder, quantizer=quantizer, calibration=inputs
+        )
+        command = engine.serve_command([f.absolute() for f in made], plan, index)
+        return {**about, "files": [str(f) for f in made], "command": command}
+    if quantizer != "rtn":
+        raise UserError("--quantizer counts only for weights that are written here", found=quantizer,
+                        fix="add --weights, or leave it out")  # fmt: skip
+    if calibration is not None and not engine.TAKES_TEXT:
+        raise UserError(f"{target} makes nothing of a calibration text", found=str(calibration),
+                        fix="leave --calibration out, or add --weights --quantizer mse")  # fmt: skip
+    text = _file(calibration_file(index.path, calibration)) if calibration is not None else None
+    files = engine.render(plan, index)
+    with _all_or_none(folder) as staging:
+        if text is not None:
+            engine.write_text_files(loadable(index, Home.default()), text, tokens, seq_len, staging)
+        for name, content in files.items():
+            atomic_write(staging / name, content.encode(), named=True)
+        names = [*files, *sorted(p.name for p in staging.iterdir() if p.name not in files)]
     return {
-        "target": target,
-        **verdict.to_dict(),
-        "files": [str(folder / name) for name in files] + [str(f) for f in more],
+        **about,
+        "files": [str(folder / name) for name in names],
         "command": engine.command(plan, index),
     }
 
 
-def _statistics(
-    engine: Target, index: ModelIndex, folder: Path, calibration: str | Path, tokens: int, seq_len: int
-) -> list[Path]:
+def _calibration(source: ModelIndex, text: Path, tokens: int, seq_len: int) -> CalibrationSet:
+    """The tokens that `pack` would take of the text."""
     from bitatlas.analysis.calibration import load_tokenizer, make_calibration
-    from bitatlas.analysis.loaded import LoadedModel
-    from bitatlas.app.work.checkpoint import loadable
 
-    source = loadable(index, Home.default())
-    text = make_calibration(
-        load_tokenizer(source.path), calibration, tokens, seq_len, 0, vocab_size=source.vocab_size
-    )
-    return engine.write_statistics(LoadedModel.open(source), text, folder)
+    return make_calibration(load_tokenizer(source.path), text, tokens, seq_len, vocab_size=source.vocab_size)
 
 
-def _export_weights(
-    engine: Target, verdict: Verdict, plan: Allocation, index: ModelIndex, output: str | Path, quantizer: str
-) -> dict[str, Any]:
-    """The checkpoint in the engine's own container."""
-    from bitatlas.app.work.checkpoint import loadable
+def _quantizer_text(
+    index: ModelIndex, quantizer: str, calibration: str | Path | None, tokens: int, seq_len: int
+) -> Path | None:
+    """The file whose tokens the quantiser is given, None for one that reads none."""
+    from bitatlas.app.tasks.verifying import quantizer_params
 
-    if verdict.status != "servable":
-        raise UserError(f"{engine.NAME} would not serve this", found=verdict.reasons[0], fix=verdict.change)
-    source = loadable(index, Home.default())
-    files = engine.write_weights(
-        replace(plan, model_digest=source.digest), source, output, quantizer=quantizer
-    )
-    return {"files": [str(f) for f in files], "command": ""}
+    text = quantizer_params(index, quantizer, calibration, tokens, seq_len).get("calibration")
+    if text is None and calibration is not None:
+        raise UserError(f"{quantizer} reads no calibration text", found=str(calibration),
+                        fix="--quantizer mse, or leave --calibration out")  # fmt: skip
+    return _file(Path(text)) if text else None
+
+
+def _file(text: Path | None) -> Path | None:
+    """The same, unless it stands for text sampled from the model, which only measuring makes."""
+    if text is not None and not text.is_file():
+        raise UserError("export takes its calibration text from a file", found=str(text),
+                        fix="--calibration FILE (text or JSONL)")  # fmt: skip
+    return text
+
+
+@contextmanager
+def _all_or_none(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, whose files move to ``folder`` when all are there; nothing is left otherwise."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError("the output is a file", found=str(folder), fix="name a folder")
+    fresh, staging = not folder.exists(), folder / f".export-{os.getpid()}.tmp"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        for path in staging.iterdir():
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        raise disk_error(error, folder, named=True) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if fresh and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from bitatlas.analysis.calibration import CalibrationSet
+    from bitatlas.analysis.quantising import UnitQuantizer
+    from bitatlas.analysis.weights import WeightReader
     from bitatlas.kernels.formats import Format
     from bitatlas.kernels.packed.shards import TensorSpec
     from bitatlas.kernels.reference import Quantized
 
-__all__ = ["Container", "write_engine_checkpoint"]
+__all__ = ["Container", "unit_quantizer", "write_engine_checkpoint"]
 
 
 class Container(Protocol):
@@ -59,6 +62,7 @@ def write_engine_checkpoint(
     out: str | Path,
     *,
     quantizer: str = "rtn",
+    calibration: CalibrationSet | None = None,
     shard_bytes: int = 1 << 30,
 ) -> Path:
     """Write ``index`` quantised by ``allocation`` into the folder ``out``, which must be empty or missing.
@@ -79,7 +83,8 @@ def write_engine_checkpoint(
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         with WeightReader(index) as reader:
-            _write_shards(work, _pieces(container, index, allocation, reader, quantizer), shard_bytes)
+            quantise = unit_quantizer(quantizer, index, allocation, calibration)
+            _write_shards(work, _pieces(container, index, allocation, reader, quantise), shard_bytes)
         copy_side_files(Path(index.path), work, container.config(allocation, index))
         work.chmod(0o755)  # mkdtemp's folders are private
         os.replace(work, target)
@@ -89,18 +94,35 @@ def write_engine_checkpoint(
     return target
 
 
+def unit_quantizer(
+    name: str, index: ModelIndex, allocation: Allocation, calibration: CalibrationSet | None
+) -> UnitQuantizer:
+    """What chooses the codes: the packer's, with the same statistics.
+
+    Raises:
+        UserError: an unknown quantiser, or one whose codes are not written here.
+    """
+    from bitatlas.analysis.quantising import UnitQuantizer
+    from bitatlas.kernels.quantizers import get_quantizer
+
+    kind = get_quantizer(name)
+    if kind.NEEDS_INPUTS:
+        raise UserError(f"{name} is not available for this container", fix="--quantizer mse")
+    if calibration is None or not kind.TAKES_INPUTS:
+        return UnitQuantizer(name)
+    from bitatlas.analysis.loaded import LoadedModel
+
+    return UnitQuantizer.over(name, LoadedModel.open(index), calibration.tokens, allocation.formats)
+
+
 def _pieces(
-    container: Container, index: ModelIndex, allocation: Allocation, reader: Any, quantizer: str
-) -> list[_Piece]:
+    container: Container, index: ModelIndex, allocation: Allocation, reader: WeightReader, quantise: UnitQuantizer
+) -> list[_Piece]:  # fmt: skip
     import torch
 
     from bitatlas.kernels.formats import FORMATS
     from bitatlas.kernels.packed.shards import DTYPES, TensorSpec
-    from bitatlas.kernels.quantizers import get_quantizer
 
-    kind = get_quantizer(quantizer)
-    if kind.NEEDS_INPUTS:
-        raise UserError(f"{quantizer} is not available for this container", fix="--quantizer mse")
     pieces, whole = [], {k.name for k in index.kept}
     for units in container.groups(index):
         fmt = FORMATS[allocation.formats[units[0].key]]
@@ -116,7 +138,7 @@ def _pieces(
             if fmt.kind == "float":
                 parts = [reader.get(u).to(dtype) for u in units]
                 return {specs[0].name: torch.stack(parts) if len(specs[0].shape) == 3 else parts[0]}
-            return container.tensors(units, [kind()(reader.get(u), fmt) for u in units], dtype)
+            return container.tensors(units, [quantise.codes(u.key, reader.get(u), fmt) for u in units], dtype)
 
         pieces.append(_Piece(specs, make))
     for name in sorted(whole):

@@ -27,9 +27,11 @@ from bitatlas.app.work.gguf_metadata import ROPE_PERMUTED, add_config, add_token
 from bitatlas.kernels.errors import UserError
 
 if TYPE_CHECKING:
+    from bitatlas.analysis.calibration import CalibrationSet
+    from bitatlas.analysis.quantising import UnitQuantizer
     from bitatlas.analysis.weights import WeightReader
 
-__all__ = ["write_gguf"]
+__all__ = ["check_gguf", "write_gguf"]
 
 _FILE_TYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "f16": 1, "bf16": 32}
 
@@ -44,26 +46,53 @@ class _Tensor:
     make: Callable[[], np.ndarray]
 
 
-def write_gguf(index: ModelIndex, allocation: Allocation, out: str | Path, *, quantizer: str = "rtn") -> Path:
+def check_gguf(index: ModelIndex, allocation: Allocation) -> None:
+    """A look, no work.
+
+    Raises:
+        UserError: an architecture or a type that is not written here.
+    """
+    if index.model_type not in WRITTEN:
+        raise UserError(f"the GGUF of {index.model_type} is not written here", found=f"written: {', '.join(WRITTEN)}",
+                        fix="export without --weights and run the command")  # fmt: skip
+    stuck: dict[str, str] = {}
+    for unit in index.units:
+        kind = ggml_type(FORMATS[allocation.formats[unit.key]], unit.cols)
+        if kind not in MAKEABLE:
+            stuck.setdefault(gguf_name(unit), kind)
+    if stuck:
+        name, kind = next(iter(stuck.items()))
+        raise UserError(
+            f"the gguf package cannot make {kind}", found=f"{len(stuck)} tensors, such as {name}",
+            fix="solve with --formats int{4,5,8}-g32-sym,int{4,5}-g32 --target llama.cpp, or run the command of the "
+            "export without --weights",
+        )  # fmt: skip
+
+
+def write_gguf(
+    index: ModelIndex,
+    allocation: Allocation,
+    out: str | Path,
+    *,
+    quantizer: str = "rtn",
+    calibration: CalibrationSet | None = None,
+) -> Path:
     """Write ``index`` quantised by ``allocation`` into the file ``out``.
 
     Codes are ours wherever ggml has the same grid (`app.work.gguf_blocks`), so ``quantizer`` counts there; other types
     are rounded by the gguf package.
 
     Raises:
-        UserError: an architecture, tokenizer or type that is not written here, a quantiser that needs text, the disk.
+        UserError: as `check_gguf`; a tokenizer that is not written here, a quantiser that needs text, the disk.
     """
     import gguf
 
     from bitatlas.analysis.weights import WeightReader
-    from bitatlas.kernels.quantizers import get_quantizer
+    from bitatlas.app.work.engine_checkpoint import unit_quantizer
 
     allocation.check_model(index)
-    if index.model_type not in WRITTEN:
-        raise UserError(f"the GGUF of {index.model_type} is not written here", found=f"written: {', '.join(WRITTEN)}",
-                        fix="export without --weights and run the command")  # fmt: skip
-    if get_quantizer(quantizer).NEEDS_INPUTS:
-        raise UserError(f"{quantizer} is not available for GGUF", fix="--quantizer mse")
+    check_gguf(index, allocation)
+    quantise = unit_quantizer(quantizer, index, allocation, calibration)
     config, target = read_config(Path(index.path)), Path(out).expanduser().absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -73,7 +102,7 @@ def write_gguf(index: ModelIndex, allocation: Allocation, out: str | Path, *, qu
         add_config(writer, config, index.name)
         add_tokenizer(writer, Path(index.path), config["vocab_size"])
         with WeightReader(index) as reader:
-            tensors = _tensors(index, allocation, config, reader, quantizer)
+            tensors = _tensors(index, allocation, config, reader, quantise)
             most = max(tensors, key=lambda t: math.prod(t.shape) * (t.kind != "f32"))
             writer.add_file_type(_FILE_TYPES.get(most.kind, 0))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -96,12 +125,10 @@ def write_gguf(index: ModelIndex, allocation: Allocation, out: str | Path, *, qu
 
 
 def _tensors(
-    index: ModelIndex, allocation: Allocation, config: dict[str, Any], reader: WeightReader, quantizer: str
-) -> list[_Tensor]:
+    index: ModelIndex, allocation: Allocation, config: dict[str, Any], reader: WeightReader, quantise: UnitQuantizer
+) -> list[_Tensor]:  # fmt: skip
     """All tensors in file order: stacks of experts become one each."""
     import gguf
-
-    from bitatlas.kernels.quantizers import get_quantizer
 
     stacks: dict[str, list[QuantUnit]] = {}
     for unit in index.units:
@@ -113,19 +140,15 @@ def _tensors(
         "k": config.get("num_key_value_heads") or config["num_attention_heads"],
     }
     permuted = index.model_type in ROPE_PERMUTED
-    make_codes = get_quantizer(quantizer)
-    out, stuck = [], {}
+    out = []
     for name, units in stacks.items():
         first, fmt = units[0], FORMATS[allocation.formats[units[0].key]]
         kind = ggml_type(fmt, first.cols)
-        if kind not in MAKEABLE:
-            stuck[name] = kind
-            continue
 
         def one(unit: QuantUnit, fmt: Any = fmt, kind: str = kind) -> np.ndarray:
             weight = reader.get(unit)
             same = exact_type(fmt) == kind and fmt.kind == "int"
-            data = blocks_of(make_codes()(weight, fmt)) if same else ggml_round(weight, kind)
+            data = blocks_of(quantise.codes(unit.key, weight, fmt)) if same else ggml_round(weight, kind)
             return _permute(data, heads[unit.role]) if permuted and unit.role in heads else data
 
         def stack(units: list[QuantUnit] = units, one: Callable[[QuantUnit], np.ndarray] = one) -> np.ndarray:
@@ -136,13 +159,6 @@ def _tensors(
             out.append(_Tensor(f"{name}.weight", (len(units), *shape), kind, stack))
         else:
             out.append(_Tensor(f"{name}.weight", shape, kind, partial(one, first)))
-    if stuck:
-        name, kind = next(iter(stuck.items()))
-        raise UserError(
-            f"the gguf package cannot make {kind}", found=f"{len(stuck)} tensors, such as {name}",
-            fix="solve with --formats int{4,5,8}-g32-sym,int{4,5}-g32 --target llama.cpp, or run the command of the "
-            "export without --weights",
-        )  # fmt: skip
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[index.model_type]], index.n_layers)
     for kept in index.kept:
         name = names.get_name(kept.name, try_suffixes=(".weight", ".bias"))

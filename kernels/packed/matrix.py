@@ -29,6 +29,7 @@ __all__ = [
     "pack_quantized",
     "pack_weight",
     "packed_tensors",
+    "quantised_matrix",
     "quantised_weight",
 ]
 
@@ -139,6 +140,23 @@ def quantised_weight(weight: Tensor, fmt: Format, quantize: Callable[[Tensor, Fo
     if fmt.kind == "float":
         return quantize_dequantize(weight, fmt)
     return torch.cat([dequantize(q) for q in _quantised_blocks(weight, fmt, quantize)])
+
+
+def quantised_matrix(
+    weight: Tensor, fmt: Format, quantize: Callable[[Tensor, Format], Quantized]
+) -> Quantized:
+    """Codes, scales and zeros of a (rows, cols) weight as `pack_weight` stores them; the same blocks of rows.
+
+    Raises:
+        UserError: the weight holds NaN or Inf.
+        ValueError: a format with outliers, which only our own container holds.
+    """
+    if fmt.kind == "sparse":
+        raise ValueError(f"{fmt.name} has outliers")
+    parts = list(_quantised_blocks(weight, fmt, quantize))
+    zeros = [q.zeros for q in parts if q.zeros is not None]
+    scales = parts[0].scales if fmt.per_tensor else torch.cat([q.scales for q in parts])
+    return Quantized(torch.cat([q.codes for q in parts]), scales, torch.cat(zeros) if zeros else None, fmt)
 
 
 def _quantised_blocks(
