@@ -7,6 +7,7 @@ correlation.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,11 +18,12 @@ from bitatlas.solvers.problem import Problem
 __all__ = [
     "Optimism",
     "bootstrap_damage",
+    "error_factors",
     "monotone_in_bytes",
     "optimism",
     "robust_problem",
+    "share_chosen",
     "stability",
-    "stability_from_errors",
 ]
 
 _COLUMNS = 20_000
@@ -110,39 +112,44 @@ def monotone_in_bytes(damage: np.ndarray, bytes_table: np.ndarray, allowed: np.n
     return out
 
 
+def share_chosen(
+    problem: Problem, damages: Iterable[np.ndarray], solver: Solver, *, seed: int = 0, time_limit_s: float = 60.0
+) -> np.ndarray:  # fmt: skip
+    """(U, F) share of the tables ``damages``, (U, F) each, under which a unit gets a format."""
+    rows, count = np.arange(len(problem.units)), 0
+    times = np.zeros(problem.damage.shape)
+    for damage in damages:
+        drawn = replace(problem, damage=damage)
+        times[rows, solver.solve(drawn, seed=seed, time_limit_s=time_limit_s).choice] += 1
+        count += 1
+    return times / max(count, 1)
+
+
 def stability(
     problem: Problem, samples: np.ndarray, solver: Solver, *, replicates: int = 50, seed: int = 0
 ) -> np.ndarray:
     """(U, F) share of bootstrap replicates in which a unit gets a format: the confidence of a recommendation."""
     samples = np.asarray(samples, np.float64)
     rng = np.random.default_rng(seed)
-    n, rows = len(samples), np.arange(len(problem.units))
-    share = np.zeros(problem.damage.shape)
-    for _ in range(replicates):
-        damage = _mean(samples, rng.multinomial(n, np.full(n, 1 / n)))
-        drawn = replace(problem, damage=np.where(np.isfinite(damage), damage, problem.damage))
-        share[rows, solver.solve(drawn, seed=seed).choice] += 1 / replicates
-    return share
+    n = len(samples)
+    means = (_mean(samples, rng.multinomial(n, np.full(n, 1 / n))) for _ in range(replicates))
+    tables = (np.where(np.isfinite(mean), mean, problem.damage) for mean in means)
+    return share_chosen(problem, tables, solver, seed=seed)
 
 
-def stability_from_errors(
-    problem: Problem, stderr: np.ndarray, solver: Solver, *, replicates: int = 30, seed: int = 0
-) -> np.ndarray:
-    """`stability` where only standard errors (U, F) are known: damages drawn log-normally around their estimates.
+def error_factors(
+    damage: np.ndarray, stderr: np.ndarray, replicates: int, seed: int = 0
+) -> Iterator[np.ndarray]:
+    """(U, F) log-normal factors of mean 1 with the relative standard errors of ``damage``, one table a replicate.
 
-    A draw moves all formats of a unit together, as resampled text does. Unknown errors count as none.
+    A draw moves all formats of a unit together, as resampled text does. Without damage there is nothing to move; an
+    unknown error is an unknown factor: NaN.
     """
     rng = np.random.default_rng(seed)
-    rows = np.arange(len(problem.units))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.nan_to_num(np.where(problem.damage > 0, stderr / problem.damage, 0.0), posinf=0.0)
+    relative = np.where(damage == 0, 0.0, stderr / np.where(damage > 0, damage, np.nan))
     spread = np.sqrt(np.log1p(relative**2))
-    share = np.zeros(problem.damage.shape)
     for _ in range(replicates):
-        factor = np.exp(spread * rng.standard_normal((len(rows), 1)) - spread**2 / 2)
-        choice = solver.solve(replace(problem, damage=problem.damage * factor), seed=seed).choice
-        share[rows, choice] += 1 / replicates
-    return share
+        yield np.exp(spread * rng.standard_normal((len(damage), 1)) - spread**2 / 2)
 
 
 def optimism(

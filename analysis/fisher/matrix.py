@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -68,6 +68,18 @@ class ProbeMatrix:
         np.add.at(gsq, at, self.gsq)
         np.add.at(tokens, at, self.tokens)
         return asq, gsq, tokens
+
+    def drawn(self, sequences: np.ndarray) -> ProbeMatrix:
+        """The probes of these sequences, numbers (N,) of `by_sequence`; one drawn twice counts as two."""
+        _, at = np.unique(self.sequence, return_inverse=True)
+        rows = [np.flatnonzero(at == s) for s in sequences.tolist()]
+        keep, own = np.concatenate(rows), np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+        out = replace(
+            self, a=self.a[keep], gsq=self.gsq[keep], sequence=own, tokens=self.tokens[keep], reached=self.reached[keep]
+        )  # fmt: skip
+        asq, gsq, tokens = self.by_sequence
+        out.__dict__["by_sequence"] = asq[sequences], gsq[sequences], tokens[sequences]
+        return out
 
     def damage(self) -> np.ndarray:
         """(U, F) additive damage of every unit and format, nats per token; 0 where no token reached the unit."""

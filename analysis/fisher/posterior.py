@@ -29,8 +29,9 @@ from bitatlas.analysis.fisher.empirical_bayes import (
 )
 from bitatlas.analysis.fisher.matrix import ProbeMatrix
 from bitatlas.analysis.fisher.monotone import make_monotone
+from bitatlas.analysis.schema import QuantUnit
 
-__all__ = ["Posterior", "posterior", "shrink_rare", "trace_form"]
+__all__ = ["Posterior", "posterior", "posterior_of_units", "shrink_rare", "trace_form"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,14 @@ def posterior(
         np.sqrt(np.median(np.diagonal(noise[live], axis1=1, axis2=2)[fine[live]])) if live.any() else 0.0
     )
     return Posterior(value, value * spread, between, float(np.median(within)), float(typical))
+
+
+def posterior_of_units(probes: ProbeMatrix, units: Sequence[QuantUnit]) -> Posterior:
+    """`posterior` of a model's units: roles share the bias, experts of one layer and projection are a pool."""
+    pools = [(u.layer, u.role) if u.expert >= 0 else None for u in units]
+    return posterior(
+        probes, np.array([u.params for u in units], np.float64), [u.role for u in units], pools=pools
+    )
 
 
 def shrink_rare(

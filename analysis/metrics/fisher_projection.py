@@ -24,7 +24,7 @@ import numpy as np
 from bitatlas.analysis.fisher.anchors import LEVELS, anchored, front_choices
 from bitatlas.analysis.fisher.matrix import ProbeMatrix
 from bitatlas.analysis.fisher.parts import Joined
-from bitatlas.analysis.fisher.posterior import posterior, trace_form
+from bitatlas.analysis.fisher.posterior import posterior_of_units, trace_form
 from bitatlas.analysis.gradient_groups import units_of_group
 from bitatlas.analysis.metrics.base import Cost, Parts, StepResult
 from bitatlas.analysis.metrics.probe_base import (
@@ -34,7 +34,7 @@ from bitatlas.analysis.metrics.probe_base import (
     ratio_stderr,
     sequences_of,
 )
-from bitatlas.analysis.schema import DamageRow, Format, QuantUnit
+from bitatlas.analysis.schema import DamageRow, Format
 
 if TYPE_CHECKING:
     from bitatlas.analysis.fisher.whole import WholeModel
@@ -193,7 +193,7 @@ class FisherProjection(ProbeMetric):
         joined = self.joined({key: parts[key] for key in super().plan(ctx)})
         probes, units = ProbeMatrix.of(joined), ctx.index.units
         params = np.array([u.params for u in units], np.float64)
-        best = posterior(probes, params, [u.role for u in units], pools=[_pool(u) for u in units])
+        best = posterior_of_units(probes, units)
         scale = np.ones(len(joined.formats))
         if found := {f.name: parts[_WHOLE + f.name] for f in self._measured(ctx)}:
             from bitatlas.analysis.fisher.whole import format_scales
@@ -216,8 +216,3 @@ class _Tables:
     trace: tuple[np.ndarray, np.ndarray]
     fisher: tuple[np.ndarray, np.ndarray]
     scaled: tuple[np.ndarray, np.ndarray]
-
-
-def _pool(unit: QuantUnit) -> tuple[int, str] | None:
-    """Experts of one layer and projection: what a rarely reached one is shrunk towards."""
-    return (unit.layer, unit.role) if unit.expert >= 0 else None

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from bitatlas.analysis.schema import UserError
+from bitatlas.analysis.schema import Allocation, UserError
 from bitatlas.app import state
 from bitatlas.app.charts import compare as charts
-from bitatlas.app.comparing import kept_share
 from bitatlas.app.studies import Study, open_store
+from bitatlas.app.tasks.stability import stability
 from bitatlas.app.views import compare as views
 from bitatlas.app.views.fit_controls import preferred
 from bitatlas.app.widgets import fit_cache
@@ -19,6 +19,7 @@ from bitatlas.app.widgets.data import the_study
 from bitatlas.app.widgets.frame import title
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.twin import cli_twin, command, downloads
+from bitatlas.cache.plans import allocation_id
 
 __all__ = ["page"]
 
@@ -57,10 +58,10 @@ def page() -> None:
     try:
         table = study.tables[metric] if metric else None
         sides = _side(study, a), _side(study, b)
-        kept = _kept(study, metric, tuple(sides[0].formats.items())) if metric else None
+        one, other = (side for side, _ in sides)
         view = views.build_compare(
-            study.index, *sides, table, fit_cache.unit_of(metric) if metric else "", kept
-        )
+            study.index, one, other, table, fit_cache.unit_of(metric) if metric else "", _stability(study, sides[0][1])
+        )  # fmt: skip
     except UserError as error:
         with head:
             title("These cannot be compared")
@@ -83,26 +84,26 @@ def _stored(study: Study) -> dict[str, str]:
     return {a.label: a.id for a in study.allocations}
 
 
-def _side(study: Study, name: str) -> views.Side:
+def _side(study: Study, name: str) -> tuple[views.Side, Allocation]:
     asked = state.question()
     if name in (NOW, FREE) and asked is not None:
         pins = {} if name == FREE else {study.keys[i]: f for i, f in state.pins().items()}
-        return views.Side(name, fit_cache.answer(study, asked, pins).formats)
+        plan = fit_cache.answer(study, asked, pins)
+        return views.Side(name, plan.formats), plan
     id = _stored(study)[name]
     found = next((v for v in study.verifications if v["allocation"] == id), None)
     kl = (float(found["kl_mean"]), float(found.get("kl_stderr") or 0.0)) if found else (float("nan"),) * 2
-    return views.Side(name, open_store().allocation(id).formats, *kl)
+    plan = open_store().allocation(id)
+    return views.Side(name, plan.formats, *kl), plan
 
 
-@st.cache_data(max_entries=32, show_spinner="Resampling the calibration")
-def _resampled(
-    digest: str, run: str, metric: str, formats: tuple[tuple[str, str], ...], _study: Study
-) -> np.ndarray | None:
-    return kept_share(_study.index, dict(formats), _study.tables[metric])
+@st.cache_data(max_entries=32, show_spinner="Solving again on resampled damages")
+def _solved_again(key: str, _study: Study, _plan: Allocation) -> views.Stability:
+    return stability(open_store(), _study.index, _plan)
 
 
-def _kept(study: Study, metric: str, formats: tuple[tuple[str, str], ...]) -> np.ndarray | None:
-    return _resampled(study.index.digest, study.tables[metric].run, metric, formats, study)
+def _stability(study: Study, plan: Allocation) -> views.Stability:
+    return _solved_again(allocation_id(plan), study, plan)
 
 
 def _draw(view: views.CompareView) -> None:
@@ -135,5 +136,5 @@ def _draw(view: views.CompareView) -> None:
         st.dataframe(frame, hide_index=True, column_config={
             "damage": st.column_config.NumberColumn("damage, B − A", format="%+.3g"),
             "bytes": st.column_config.NumberColumn("bytes, B − A", format="%+d"),
-            "A again": st.column_config.NumberColumn(format="percent", help="Share of resampled calibrations in which A's format is chosen again")})  # fmt: skip
+            "A again": st.column_config.NumberColumn(format="percent", help=view.stable_how or None)})  # fmt: skip
         downloads("compare", lambda: frame, view.to_dict, "compare")

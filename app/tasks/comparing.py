@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.analysis.schema import Allocation
-from bitatlas.app.comparing import kept_share
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.solving import find_table, read_allocation
+from bitatlas.app.tasks.stability import stability
 from bitatlas.app.views.compare import Side, build_compare
 from bitatlas.cache.paths import Home
 from bitatlas.cache.store import Store
@@ -19,10 +19,10 @@ Named = str | Path | Allocation
 
 
 def compare(model: str | Path, a: Named, b: Named, *, metric: str | None = None) -> dict[str, Any]:
-    """Units that differ, bytes and damage by role from A to B, and how often A's units keep their bits on resampled calibration.
+    """Units that differ, bytes and damage by role from A to B, and how often A's units get their bits again.
 
     Args:
-        metric: whose damages to account with; None = bytes and bits only.
+        metric: whose damages to account with; None = bytes and bits only. How stable A is, is always told by A's own metric.
 
     Raises:
         UserError: an allocation of another model, or a metric that was not measured in these formats.
@@ -31,11 +31,9 @@ def compare(model: str | Path, a: Named, b: Named, *, metric: str | None = None)
     one, other = (item if isinstance(item, Allocation) else read_allocation(item) for item in (a, b))
     for allocation in (one, other):
         allocation.check_model(index)
-    table = kept = None
+    table = None
     if metric:
         used = set(one.formats.values()) | set(other.formats.values())
-        # With all formats of the run, so that solving again may choose others.
-        run = find_table(store, index, metric, tuple(sorted(used))).run
-        table = store.table(run, metric, index.unit_keys())
-        kept = kept_share(index, one.formats, table)
-    return build_compare(index, Side("A", one.formats), Side("B", other.formats), table, "", kept).to_dict()
+        table = find_table(store, index, metric, tuple(sorted(used)))
+    stable = stability(store, index, one)
+    return build_compare(index, Side("A", one.formats), Side("B", other.formats), table, "", stable).to_dict()

@@ -11,7 +11,7 @@ import numpy as np
 from bitatlas.analysis.schema import ModelIndex, SensitivityTable, UserError, parse_format
 from bitatlas.app.views.words import count, short_bytes
 
-__all__ = ["CompareView", "RoleChange", "Side", "UnitChange", "build_compare"]
+__all__ = ["CompareView", "RoleChange", "Side", "Stability", "UnitChange", "build_compare"]
 
 _SHOWN = 200
 
@@ -27,6 +27,21 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
+class Stability:
+    """How often A's units get their formats again when A is solved again on other damages.
+
+    Attributes:
+        kept: (U,) share of the times, NaN = unknown; None where it cannot be said.
+        how: where the other damages come from (``30 times with ...``), or why it cannot be said.
+        share: mean of ``kept`` over the units that are free to move.
+    """
+
+    kept: np.ndarray | None
+    how: str
+    share: float = float("nan")
+
+
+@dataclass(frozen=True, slots=True)
 class RoleChange:
     """One step of the waterfalls: units of a role that differ, extra bytes and extra predicted damage of B over A."""
 
@@ -38,7 +53,7 @@ class RoleChange:
 
 @dataclass(frozen=True, slots=True)
 class UnitChange:
-    """One unit that differs; ``kept`` is the share of resampled calibrations in which A keeps its format, NaN = unknown."""
+    """One unit that differs; ``kept`` is how often it gets A's format again (`Stability`), NaN = unknown."""
 
     unit: str
     layer: int
@@ -61,7 +76,7 @@ class CompareView:
         changed: (rows, columns) units that differ.
         roles: the waterfalls. units: those that differ, largest change of damage first, at most 200.
         nbytes: (A, B) payload bytes; damage: (A, B) predicted; kl: (A, B) measured or NaN.
-        stable: mean share of resampled calibrations in which a unit of A keeps its format; NaN = unknown.
+        stable: how often a free unit of A gets its format again, NaN = unknown; stable_how: on which damages, or why unknown.
     """
 
     title: str
@@ -79,6 +94,7 @@ class CompareView:
     metric: str
     unit: str
     stable: float
+    stable_how: str
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, for the download."""
@@ -88,13 +104,13 @@ class CompareView:
 
 
 def build_compare(
-    index: ModelIndex, a: Side, b: Side, table: SensitivityTable | None, unit: str = "", kept: np.ndarray | None = None
+    index: ModelIndex, a: Side, b: Side, table: SensitivityTable | None, unit: str = "", stability: Stability | None = None
 ) -> CompareView:  # fmt: skip
     """Compare two allocations of one model.
 
     Args:
         table: damages to account the difference with; None = bytes only. Formats it lacks have unknown damage.
-        unit: of the damages. kept: (U,) share of resamples in which a unit of ``a`` keeps its format.
+        unit: of the damages. stability: of ``a``; None = not asked for.
 
     Raises:
         UserError: an allocation that does not name every unit.
@@ -125,14 +141,13 @@ def build_compare(
                 RoleChange(role, int(mask.sum()), int(more_bytes[mask].sum()), float(more_damage[mask].sum()))
             )
     layers, columns, mean, changed = _grid(index, (bits[other] - bits[one]).astype(float), differs)
-    view_units = _units(
-        index, a, b, np.flatnonzero(differs), more_bytes, more_damage, np.full(len(keys), np.nan) if kept is None else kept
-    )  # fmt: skip
-    stable = float("nan") if kept is None else float(np.nanmean(kept))
+    stable = stability or Stability(None, "")
+    kept = np.full(len(keys), np.nan) if stable.kept is None else stable.kept
+    view_units = _units(index, a, b, np.flatnonzero(differs), more_bytes, more_damage, kept)
     title, detail = _words(differs, sums, hurts, (a, b), table is not None, stable)
     return CompareView(
         title, detail, layers, columns, mean, changed, tuple(roles), view_units, (a.label, b.label), (sums[0], sums[1]),
-        (hurts[0], hurts[1]), (a.kl, b.kl), table.metric if table else "", unit, stable,
+        (hurts[0], hurts[1]), (a.kl, b.kl), table.metric if table else "", unit, stable.share, stable.how,
     )  # fmt: skip
 
 
@@ -189,7 +204,7 @@ def _words(
     hurts: Sequence[float],
     sides: tuple[Side, Side],
     judged: bool,
-    stable: float,
+    stable: Stability,
 ) -> tuple[str, str]:
     if not differs.any():
         return "Both give every unit the same bits", f"{short_bytes(sums[0])} each."
@@ -204,8 +219,8 @@ def _words(
     elif judged and np.isfinite(hurts).all() and hurts[0] > 0:
         words.append(f"its predicted damage is {hurts[1] / hurts[0]:.2f} times A's")
     detail = f"{int(differs.sum())} of {count(len(differs), 'unit')} differ."
-    if np.isfinite(stable):
-        detail += (
-            f" Solved again on resampled calibration text, a unit gets A's bits {stable:.0%} of the time."
-        )
+    if np.isfinite(stable.share):
+        detail += f" Solved again {stable.how}, a unit gets A's bits {stable.share:.0%} of the time."
+    elif stable.how:
+        detail += f" How stable A is cannot be said: {stable.how}."
     return " and ".join(words), detail

@@ -7,9 +7,8 @@ import pytest
 
 from bitatlas.analysis.schema import UserError, null_nan, parse_format
 from bitatlas.app.charts import compare as charts
-from bitatlas.app.comparing import kept_share
 from bitatlas.app.theme import palette
-from bitatlas.app.views.compare import Side, build_compare
+from bitatlas.app.views.compare import Side, Stability, build_compare
 from bitatlas.solvers import Problem, get_solver
 
 
@@ -62,22 +61,22 @@ def test_equal_and_unmeasured_and_wrong(dense, pair):
         build_compare(dense.index, Side("a", {"x": "bf16"}), Side("b", b), table)
 
 
-def test_stability_knows_certain_from_uncertain(dense, pair):
-    table, a, *_ = pair
-    sure = kept_share(dense.index, a, _with_errors(table, 1e-9), replicates=5)
-    assert np.nanmin(sure) == pytest.approx(1)
-    unsure = kept_share(dense.index, a, _with_errors(table, 1.0), replicates=20)
-    assert np.nanmean(unsure) < np.nanmean(sure) - 0.05
-    assert kept_share(dense.index, dict.fromkeys(dense.keys, "bf16"), table) is None
-    # Resampling sequences that all say the same changes nothing.
-    samples = np.repeat(table.damage[None], 4, axis=0)
-    np.testing.assert_allclose(kept_share(dense.index, a, table, samples, replicates=3), sure, atol=0.02)
-
-
-def _with_errors(table, share):
-    from dataclasses import replace
-
-    return replace(table, stderr=table.damage * share)
+def test_stability_in_words(dense, pair):
+    table, a, b, pinned = pair
+    kept = np.full(len(dense.keys), 0.75)
+    said = build_compare(
+        dense.index, Side("a", a), Side("b", b), table, "", Stability(kept, "30 times with x", 0.75)
+    )
+    assert "Solved again 30 times with x, a unit gets A's bits 75% of the time." in said.detail
+    assert (said.stable, said.stable_how) == (0.75, "30 times with x")
+    assert {u.kept for u in said.units} == {0.75}
+    unknown = build_compare(
+        dense.index, Side("a", a), Side("b", b), table, "", Stability(None, "x reads no text")
+    )
+    assert unknown.detail.endswith("How stable A is cannot be said: x reads no text.")
+    assert "%" not in unknown.detail
+    assert np.isnan(unknown.stable)
+    assert "Solved again" not in build_compare(dense.index, Side("a", a), Side("b", b), table).detail
 
 
 @pytest.mark.parametrize("dark", [False, True])
