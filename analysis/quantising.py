@@ -144,7 +144,7 @@ def _searched(
     loaded: LoadedModel, source: InputSource, formats: Mapping[str, str], gamma: Callable[[str], Tensor] | None
 ) -> Folding:  # fmt: skip
     def weight(unit: QuantUnit) -> Tensor:
-        return loaded.handle(unit.key).get().float()
+        return loaded.handle(unit.key).get().float().cpu()  # codes are chosen on the CPU, as in packing
 
     if gamma is not None:
         return search_folding(loaded, source, formats, gamma, weight)

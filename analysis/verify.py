@@ -229,7 +229,7 @@ class Verifier:
             found = self._kept.get((owner, key, name))
             if found is None:
                 found = self._source(owner, formats).effective(
-                    key, self._loaded.handle(key).get(), parse_format(name)
+                    key, self._loaded.handle(key).get().cpu(), parse_format(name)
                 )
                 size = found.numel() * found.element_size()
                 if self._kept_bytes + size <= self._limit:

@@ -19,6 +19,8 @@ from bitatlas.app.cli_options import (
     Bytes,
     Context,
     Damage,
+    Device,
+    Dtype,
     ExpertGrouping,
     ExpertTies,
     Fit,
@@ -203,6 +205,8 @@ def verify(
     calibration: QuantizerText = None,
     calibration_tokens: int = 16384,
     calibration_seq_len: int = 512,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     wait: Wait = True,
     json_output: Json = False,
 ) -> None:
@@ -212,7 +216,7 @@ def verify(
     result = tasks.verify(
         model, allocation, text=text, tokens=tokens, seq_len=seq_len, seed=seed, quantizer=quantizer,
         calibration=calibration, calibration_tokens=calibration_tokens, calibration_seq_len=calibration_seq_len,
-        wait=wait, on_progress=progress_printer(json_output),
+        device=device, dtype=dtype, wait=wait, on_progress=progress_printer(json_output),
     )  # fmt: skip
     emit(result, json_output, "verify")
 

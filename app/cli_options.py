@@ -14,6 +14,8 @@ __all__ = [
     "Bytes",
     "Context",
     "Damage",
+    "Device",
+    "Dtype",
     "ExpertGrouping",
     "ExpertTies",
     "Fit",
@@ -71,6 +73,11 @@ Target = Annotated[
 ]
 Points = Annotated[int, typer.Option("--points", help="Most points of the front, at least 2.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything random; 0 or more.")]
+Device = Annotated[str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda.")]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="float32, bfloat16, float16; auto = float32 on the CPU, else bfloat16."),
+]
 Wait = Annotated[bool, typer.Option("--wait/--detach", help="Show progress until the job is done.")]
 Quantizer = Annotated[str, typer.Option("--quantizer", help="How codes are chosen: rtn, mse, gptq, awq.")]
 QuantizerText = Annotated[

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
+from bitatlas.app.devices import pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,7 @@ class Talker:
         from bitatlas.kernels.kv.attention import attend_packed
         from bitatlas.kernels.kv.cache import PackedKvCache
 
+        ids = ids.to(self.model.device)
         plan = self._plan
         cache = PackedKvCache(self.model.config, plan.kv_plan, plan.kv_layout) if plan else None
         with torch.no_grad(), attend_packed(self.model, cache):
@@ -80,22 +82,29 @@ class Talker:
         return ids
 
     @classmethod
-    def packed(cls, folder: Path) -> Talker:
-        """What `pack` wrote: its weights packed, and K and V too where its allocation says so."""
+    def packed(cls, folder: Path, device: str = "cpu", dtype: str = "auto") -> Talker:
+        """What `pack` wrote: its weights packed, and K and V too where its allocation says so.
+
+        ``device`` and ``dtype`` are words of `app.devices`.
+        """
         from bitatlas.analysis.calibration import load_tokenizer
         from bitatlas.app.tasks.solving import read_allocation
         from bitatlas.kernels.packed import load
+        from bitatlas.kernels.packed.manifest import Manifest
 
         file = folder / "allocation.json"
         plan = read_allocation(file) if file.is_file() else None
-        return cls(load(folder), load_tokenizer(folder), plan)
+        place = pick_device(device, sum(Manifest.read(folder).shards))
+        model = load(folder, dtype=pick_dtype(dtype, place), device=place)
+        return cls(model, load_tokenizer(folder), plan)
 
     @classmethod
-    def original(cls, index: ModelIndex) -> Talker:
-        """A checkpoint that can be loaded."""
+    def original(cls, index: ModelIndex, device: str = "cpu", dtype: str = "auto") -> Talker:
+        """A checkpoint that can be loaded; ``device`` and ``dtype`` as in `packed`."""
         from bitatlas.analysis.loaded import LoadedModel
 
-        loaded = LoadedModel.open(index)
+        place = pick_device(device, 4 * index.params + index.kept_bytes)
+        loaded = LoadedModel.open(index, pick_dtype(dtype, place), place)
         return cls(loaded.model, loaded.tokenizer)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bitatlas.analysis.schema import UserError
+from bitatlas.app.devices import check_place
 from bitatlas.app.talker import Message, Talker, is_packed
 from bitatlas.app.tasks.models import register
 from bitatlas.cache.paths import Home
@@ -20,16 +21,19 @@ def chat(
     system: str = "",
     max_new_tokens: int = 256,
     say: Callable[[str], None] = lambda _: None,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> list[Message]:
     """A conversation: each line is the user's turn, ``say`` is told each answer. An empty line is skipped,
-    ``/reset`` forgets what was said, ``/quit`` ends it.
+    ``/reset`` forgets what was said, ``/quit`` ends it. ``device`` and ``dtype`` are words of `app.devices`.
 
     Returns:
         The conversation since the last reset.
     """
     if not 1 <= max_new_tokens <= 4096:
         raise UserError("the number of new tokens must be between 1 and 4096", found=str(max_new_tokens))
-    talker = _talker(model)
+    check_place(device, dtype)
+    talker = _talker(model, device, dtype)
     first: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(first)
     for line in _turns(lines):
@@ -42,13 +46,13 @@ def chat(
     return messages
 
 
-def _talker(model: str | Path) -> Talker:
+def _talker(model: str | Path, device: str, dtype: str) -> Talker:
     folder = Path(model).expanduser()
     if is_packed(folder):
-        return Talker.packed(folder)
+        return Talker.packed(folder, device, dtype)
     from bitatlas.app.work.checkpoint import loadable
 
-    return Talker.original(loadable(register(model), Home.default()))
+    return Talker.original(loadable(register(model), Home.default()), device, dtype)
 
 
 def _turns(lines: Iterable[str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
+from bitatlas.app.devices import check_place
 from bitatlas.app.talker import Talker
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
 from bitatlas.app.tasks.measuring import calibration_file
@@ -89,8 +90,12 @@ def pack(
     return status.result if wait and status.result else status_dict(status)
 
 
-def generate(directory: str | Path, prompt: str, *, max_new_tokens: int = 64) -> dict[str, Any]:
+def generate(
+    directory: str | Path, prompt: str, *, max_new_tokens: int = 64, device: str = "auto", dtype: str = "auto"
+) -> dict[str, Any]:
     """Continue ``prompt`` greedily with a packed checkpoint; K and V are packed too where its allocation says so.
+
+    ``device`` and ``dtype`` are words of `app.devices`.
 
     Returns:
         prompt, text (the continuation with the prompt), tokens, kv_bytes (of K and V at the end, measured; None for a cache at the model's own precision).
@@ -104,7 +109,8 @@ def generate(directory: str | Path, prompt: str, *, max_new_tokens: int = 64) ->
         )
     if not 1 <= max_new_tokens <= 4096:
         raise UserError("the number of new tokens must be between 1 and 4096", found=str(max_new_tokens))
-    talker = Talker.packed(folder)
+    check_place(device, dtype)
+    talker = Talker.packed(folder, device, dtype)
     ids = talker.ids(prompt)
     out, kv_bytes = talker.go_on(ids, max_new_tokens)
     return {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
+from bitatlas.app.devices import check_place
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
 from bitatlas.app.tasks.measuring import calibration_file, file_digest
 from bitatlas.app.tasks.models import fit_length, register
@@ -32,6 +33,8 @@ def submit_verify(
     calibration: str | Path | None = None,
     calibration_tokens: int = 16384,
     calibration_seq_len: int = 512,
+    device: str = "auto",
+    dtype: str = "float32",
 ) -> str:
     """Start (or join) the verification of one or several allocations or packed folders; returns the job's id.
 
@@ -42,11 +45,12 @@ def submit_verify(
         text, tokens, seq_len, seed: the held-out text, and how much of it.
         quantizer: how codes are chosen; with the defaults the same as in `pack`. A packed folder brings its own.
         calibration, calibration_tokens, calibration_seq_len: text for quantisers that need one.
+        device, dtype: where and in what the original and the rest compute; words of `app.devices`.
 
     Raises:
         UserError: allocation of another model, no text.
     """
-
+    check_place(device, dtype)
     index = register(model)
     store = Store(Home.default())
     named = [allocations] if isinstance(allocations, str | Path | Allocation) else list(allocations)
@@ -75,9 +79,15 @@ def submit_verify(
     }  # fmt: skip
     if packed:
         params["packed"] = packed
+    params |= _place(device, dtype, "float32")
     if quantizer != "rtn" and ids:
         params |= quantizer_params(index, quantizer, calibration, calibration_tokens, calibration_seq_len)
     return submit("verify", params, f"verify {len(set(ids)) + len(packed)} allocation(s) of {index.name}")
+
+
+def _place(device: str, dtype: str, usual: str) -> dict[str, str]:
+    """What a job has to know beyond the usual; a request that names the usual is the one that names nothing."""
+    return {k: v for k, v, u in (("device", device, "auto"), ("dtype", dtype, usual)) if v != u}
 
 
 def quantizer_params(
@@ -138,6 +148,8 @@ def verify(
     calibration: str | Path | None = None,
     calibration_tokens: int = 16384,
     calibration_seq_len: int = 512,
+    device: str = "auto",
+    dtype: str = "float32",
     wait: bool = True,
     on_progress: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
@@ -149,19 +161,24 @@ def verify(
     job = submit_verify(
         model, allocations, text=text, tokens=tokens, seq_len=seq_len, seed=seed, quantizer=quantizer,
         calibration=calibration, calibration_tokens=calibration_tokens, calibration_seq_len=calibration_seq_len,
+        device=device, dtype=dtype,
     )  # fmt: skip
     status = submit_and_wait(job, wait, on_progress)
     return status.result if wait and status.result else status_dict(status)
 
 
 def submit_answers(
-    model: str | Path, packed: str | Path, prompts: Iterable[str], *, max_new_tokens: int = 96
+    model: str | Path, packed: str | Path, prompts: Iterable[str], *, max_new_tokens: int = 96, device: str = "auto",
+    dtype: str = "auto",
 ) -> str:  # fmt: skip
     """Start (or join) the side-by-side answers of a model and of what was packed from it; returns the job's id.
+
+    ``device`` and ``dtype`` are words of `app.devices`.
 
     Raises:
         UserError: no prompts, or a folder that was packed from another model.
     """
+    check_place(device, dtype)
     index = register(model)
     asked = [p.strip() for p in prompts if p.strip()]
     if not asked:
@@ -171,7 +188,7 @@ def submit_answers(
     about = _packed(Path(packed).expanduser().resolve(), index, Store(Home.default()))
     params: dict[str, Any] = {
         "model": index.path, "digest": index.digest, "packed": about["folder"], "sha": about["sha"], "prompts": asked,
-        "max_new_tokens": max_new_tokens, **({"kv": about["kv"]} if "kv" in about else {}),
+        "max_new_tokens": max_new_tokens, **({"kv": about["kv"]} if "kv" in about else {}), **_place(device, dtype, "auto"),
     }  # fmt: skip
     return submit("answers", params, f"answers of {index.name} and {Path(about['folder']).name}")
 
@@ -182,11 +199,12 @@ def answers(
     prompts: Iterable[str],
     *,
     max_new_tokens: int = 96,
+    device: str = "auto",
+    dtype: str = "auto",
     wait: bool = True,
     on_progress: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
     """Both models' greedy answers, prompt by prompt, with changed refusals and the tail of KL where it was verified."""
-    status = submit_and_wait(
-        submit_answers(model, packed, prompts, max_new_tokens=max_new_tokens), wait, on_progress
-    )
+    job = submit_answers(model, packed, prompts, max_new_tokens=max_new_tokens, device=device, dtype=dtype)
+    status = submit_and_wait(job, wait, on_progress)
     return status.result if wait and status.result else status_dict(status)

@@ -29,7 +29,7 @@ def refuses(answer: str) -> bool:
 
 
 class AnswersWork(Work):
-    """Parameters: ``model``, ``digest``, ``packed`` (folder, sha), ``prompts``, ``max_new_tokens``."""
+    """Parameters: ``model``, ``digest``, ``packed`` (folder, sha), ``prompts``, ``max_new_tokens``, ``device``, ``dtype``."""
 
     KIND = "answers"
 
@@ -41,12 +41,16 @@ class AnswersWork(Work):
     @cached_property
     def _original(self) -> Talker:
         self.__dict__.pop("_packed", None)
-        return Talker.original(loadable(unchanged(self.params), self.home))
+        return Talker.original(loadable(unchanged(self.params), self.home), *self._place)
 
     @cached_property
     def _packed(self) -> Talker:
         self.__dict__.pop("_original", None)
-        return Talker.packed(Path(self.params["packed"]))
+        return Talker.packed(Path(self.params["packed"]), *self._place)
+
+    @property
+    def _place(self) -> tuple[str, str]:
+        return self.params.get("device", "auto"), self.params.get("dtype", "auto")
 
     def _file(self, key: str) -> Path:
         return Path(self.home.runs("answers-" + digest(self.params))) / f"{key.replace(' ', '-')}.json"

@@ -7,12 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitatlas.analysis.calibration import CalibrationSet, load_tokenizer, make_calibration
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
 from bitatlas.analysis.verify import Verifier
+from bitatlas.app.devices import pick_device, pick_dtype
 from bitatlas.app.jobs.work import Work
 from bitatlas.app.work.checkpoint import loadable, unchanged
 from bitatlas.app.work.parts import load_part, save_part
@@ -23,7 +25,9 @@ from bitatlas.kernels.packed.manifest import Manifest
 __all__ = ["VerifyWork"]
 
 
-def _packed_model(packed: dict[str, str], plan: Allocation) -> Callable[[Tensor], Tensor]:
+def _packed_model(
+    packed: dict[str, str], plan: Allocation, device: str, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
     """Logits of a packed folder, as long as it is the one that the job was asked about; K and V as its plan says."""
     from bitatlas.analysis.kv.readers import PlanReader
     from bitatlas.analysis.kv.tap import read_logits
@@ -31,11 +35,11 @@ def _packed_model(packed: dict[str, str], plan: Allocation) -> Callable[[Tensor]
 
     if digest(Manifest.read(Path(packed["folder"])).to_json()) != packed["sha"]:
         raise UserError(f"{packed['folder']} changed since this job was submitted", fix="submit it again")
-    model = load(packed["folder"])
+    model = load(packed["folder"], dtype=dtype, device=device)
     if not plan.kv:
-        return lambda ids: model(input_ids=ids, use_cache=False).logits.float()
+        return lambda ids: model(input_ids=ids.to(device), use_cache=False).logits.float()
     reader = PlanReader(plan.kv_plan, plan.kv_layout)
-    return lambda ids: read_logits(model, ids, reader)
+    return lambda ids: read_logits(model, ids.to(device), reader)
 
 
 class VerifyWork(Work):
@@ -72,7 +76,13 @@ class VerifyWork(Work):
     def verifier(self) -> Verifier:
         """The model in memory; quantised weights are kept between steps."""
         source = loadable(self.index, self.home)
-        loaded = LoadedModel.open(source)
+        # The original and what it is compared with, side by side. A folder's own precision would show as damage.
+        need = 4 * source.params + source.kept_bytes
+        device = pick_device(
+            self.params.get("device", "auto"), (1 + len(self.params.get("packed", []))) * need
+        )
+        dtype = pick_dtype(self.params.get("dtype", "float32"), device)
+        loaded = LoadedModel.open(source, dtype, device)
         formats = {key: a.formats for key, a in self.allocations.items()}
         packed = {p["folder"]: p for p in self.params.get("packed", [])}
         plans = {folder: Store(self.home).allocation(p["allocation"]) for folder, p in packed.items()}
@@ -80,7 +90,7 @@ class VerifyWork(Work):
         return Verifier(
             loaded, source, self.text.tokens, formats, quantizer=self.params.get("quantizer", "rtn"),
             calibration=None if self.calibration is None else self.calibration.tokens,
-            packed={folder: _packed_model(p, plans[folder]) for folder, p in packed.items()},
+            packed={folder: _packed_model(p, plans[folder], device, dtype) for folder, p in packed.items()},
             kv=kv,
         )  # fmt: skip
 
@@ -99,6 +109,7 @@ class VerifyWork(Work):
     def _about(self, label: str) -> dict[str, Any]:
         """Which allocation a result is of, how its codes were chosen, and what tells it from others of the same."""
         settings = {"seq_len": self.params["seq_len"], "seed": self.params["seed"]}
+        settings |= {"dtype": self.params["dtype"]} if "dtype" in self.params else {}
         for p in self.params.get("packed", []):
             if p["folder"] == label:
                 quantizer = Manifest.read(Path(label)).quantizer
