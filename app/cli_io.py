@@ -80,6 +80,10 @@ def _allocation(data: dict[str, Any]) -> None:
     print(
         f"{data['bits_per_weight']:.3f} bits per weight, {format_bytes(data['weights_bytes'])} ({data['status']}, {data['solver']} on {data['metric']})"
     )
+    if data.get("target"):
+        print(
+            f"in {data['target']}: {data['engine_bits']:.3f} bits per weight, {format_bytes(data['engine_bytes'])} ({data['engine_bytes']} bytes)"
+        )
     print(
         f"predicted damage {data['predicted']:.4g}; gap to the lower bound {_cell(data['gap']) or 'unknown'}"
     )

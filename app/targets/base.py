@@ -122,6 +122,10 @@ class Target(ABC):
             return None
         return Finding(REJECTED, f"{self.NAME} has no {fmt.name}", (unit.key,))
 
+    def keeps(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> bool:
+        """Whether the unit may have this format and is stored as planned: what solving under the engine chooses among."""
+        return self.refuses(unit, fmt, index) is None
+
     def ties(self, index: ModelIndex) -> tuple[TieGroup, ...]:
         """Units that must share a format."""
         return ()

@@ -30,11 +30,9 @@ class Limits:
     target: Target
 
     def mask(self, index: ModelIndex, formats: Sequence[str], free: Sequence[str] = ()) -> np.ndarray:
-        """(units, formats) bool: what the engine takes. Units in ``free`` (pinned by hand) are not limited."""
+        """(units, formats) bool: what the engine stores as planned. Units in ``free`` (pinned by hand) are not limited."""
         skip, fmts = set(free), [FORMATS[f] for f in formats]
-        rows = [
-            [u.key in skip or self.target.refuses(u, f, index) is None for f in fmts] for u in index.units
-        ]
+        rows = [[u.key in skip or self.target.keeps(u, f, index) for f in fmts] for u in index.units]
         return np.array(rows, bool).reshape(len(index.units), len(fmts))
 
     def bytes(self, index: ModelIndex, formats: Sequence[str]) -> np.ndarray:
@@ -57,10 +55,15 @@ def limits_of(target: Target, index: ModelIndex, formats: Sequence[str]) -> Limi
     Raises:
         UserError: it loads none of them.
     """
-    usable = tuple(f for f in formats if target.loads(parse_format(f)))
+    fmts = {f: parse_format(f) for f in formats}
+    usable = tuple(f for f, fmt in fmts.items() if any(target.keeps(u, fmt, index) for u in index.units))
     if not usable:
+        refused = [
+            found for u in index.units for f in fmts.values() if (found := target.refuses(u, f, index))
+        ]
+        why = f"; {refused[0]}" if refused else "; rows are not whole blocks of its types"
         raise UserError(
-            f"{target.NAME} loads none of these formats", found=", ".join(formats),
+            f"{target.NAME} loads none of these formats for {index.name}", found=", ".join(formats) + why,
             fix=f"it loads {', '.join(target.format_names()[:12])}",
         )  # fmt: skip
     ties = tuple(target.ties(index))
@@ -70,9 +73,7 @@ def limits_of(target: Target, index: ModelIndex, formats: Sequence[str]) -> Limi
     for members in [tie.units for tie in ties] + [(key,) for key in units if key not in tied]:
         both = (usable, _LAST_RESORT)
         for names in both:
-            common = [
-                f for f in names if all(target.refuses(units[u], FORMATS[f], index) is None for u in members)
-            ]
+            common = [f for f in names if all(target.keeps(units[u], FORMATS[f], index) for u in members)]
             if common:
                 break
         if common and names is _LAST_RESORT:

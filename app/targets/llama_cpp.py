@@ -64,6 +64,10 @@ class LlamaCpp(Target):
             return Finding(REJECTED, "no GGUF tensor of this kind is known", (unit.key,))
         return None
 
+    def keeps(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> bool:
+        """Not where the rows are no whole blocks: llama-quantize then takes a type of other bits and other damage."""
+        return super().keeps(unit, fmt, index) and ggml_type(fmt, unit.cols) == type_of(fmt)
+
     def ties(self, index: ModelIndex) -> tuple[TieGroup, ...]:
         """The experts of a projection."""
         return expert_stacks(

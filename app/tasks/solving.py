@@ -367,6 +367,7 @@ def describe_allocation(allocation: Allocation, file: str | Path | None = None) 
         "payload_bytes": allocation.payload_bytes,
         "kept_bytes": allocation.kept_bytes,
         "weights_bytes": allocation.weights_bytes,
+        **_in_engine(allocation),
         "predicted": allocation.predicted,
         "lower_bound": allocation.lower_bound,
         "gap": allocation.gap,
@@ -376,6 +377,24 @@ def describe_allocation(allocation: Allocation, file: str | Path | None = None) 
         "kv": dict(sorted(Counter("/".join(pair) for pair in allocation.kv.values()).items())),
         "file": str(file) if file else "",
     }
+
+
+def _in_engine(allocation: Allocation) -> dict[str, Any]:
+    """target, engine_bytes and engine_bits (units, per weight) of an allocation that was solved for an engine."""
+    name = allocation.provenance.settings.get("target")
+    store = Store(Home.default())
+    if (
+        not isinstance(name, str)
+        or not name
+        or allocation.model_digest not in {m["digest"] for m in store.models()}
+    ):
+        return {}
+    from bitatlas.app.targets import get_target
+
+    engine, index = get_target(name), store.model(allocation.model_digest)
+    total = engine.engine_bytes(allocation, index)
+    bits = (total - engine.kept_bytes(index)) * 8 / max(index.params, 1)
+    return {"target": name, "engine_bytes": total, "engine_bits": bits}
 
 
 def describe_frontier(front: Frontier, model: str | Path) -> list[dict[str, Any]]:

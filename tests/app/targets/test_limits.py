@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from bitatlas.analysis.schema import Budget, SensitivityTable, UserError, expand_formats
+from bitatlas.analysis.model_index import index_model
+from bitatlas.analysis.schema import (
+    Allocation,
+    Budget,
+    SensitivityTable,
+    UserError,
+    expand_formats,
+    parse_format,
+)
 from bitatlas.app.targets import SERVABLE, TARGETS
 from bitatlas.app.targets.limits import limits_of
-from bitatlas.app.tasks.solving import build_problem, solve_table
+from bitatlas.app.tasks.solving import build_problem, describe_allocation, solve_table
 
 FORMATS = tuple(
     f.name for f in expand_formats("int{2,3,4,6,8}-g128,int{3,4,8}-g64-sym,int{4,8}-g128-sym,bf16")
@@ -61,3 +73,57 @@ def test_formats_that_do_not_fit_a_unit_are_not_offered_to_its_ties(make_index) 
 def test_no_format_at_all(make_index) -> None:
     with pytest.raises(UserError, match="none of these"):
         limits_of(TARGETS["mlx"], make_index(), ("int4-channel",))
+
+
+def test_a_type_that_falls_back_is_not_offered(make_index) -> None:
+    index, target = (
+        make_index("qwen3_moe", experts=2),
+        TARGETS["llama.cpp"],
+    )  # down has 128 columns, the rest 256
+    formats = ("int3-g64", "int4-g32-sym", "int8-g32-sym")
+    limits = limits_of(target, index, formats)
+    takes = dict(zip(index.unit_keys(), limits.mask(index, formats).tolist()))
+    assert all(takes[u.key] == [u.cols == 256, True, True] for u in index.units)
+    table = table_of(index, formats)
+    smallest = sum(min(target.unit_bytes(u, parse_format(f)) for f in formats) for u in index.units)
+    plan = solve_table(index, table, formats, Budget(smallest + target.kept_bytes(index)), "mckp", {}, limits)
+    assert {plan.formats[u.key] for u in index.units} == {"int3-g64", "int4-g32-sym"}
+    types = target.types(plan, index)
+    assert all(asked == got for asked, got, _ in types.values())
+    assert (
+        target.check(allocate_all(plan, "int3-g64"), index).status == SERVABLE
+    )  # llama-quantize does make it, as q4_0
+
+
+def allocate_all(plan: Allocation, name: str) -> Allocation:
+    return replace(plan, formats=dict.fromkeys(plan.formats, name))
+
+
+def test_only_types_that_fall_back(tiny_checkpoint) -> None:
+    index = index_model(tiny_checkpoint("llama"))
+    with pytest.raises(UserError, match="none of these formats for") as caught:
+        limits_of(TARGETS["llama.cpp"], index, ("int3-g64", "int4-g64"))
+    assert "whole blocks" in caught.value.found
+
+
+def test_the_size_in_the_engine_is_told(make_index, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    from bitatlas.app.cli_io import emit
+    from bitatlas.cache.paths import Home
+    from bitatlas.cache.store import Store
+
+    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path))
+    index, target = make_index(), TARGETS["mlx"]
+    Store(Home.default()).put_model(index)
+    limits = limits_of(target, index, ("int3-g64", "int4-g64"))
+    budget = Budget(int(index.params * 4 / 8) + index.kept_bytes)
+    plan = solve_table(index, table_of(index, limits.formats), limits.formats, budget, "mckp", {}, limits)
+    told = describe_allocation(plan)
+    assert (told["target"], told["engine_bytes"]) == ("mlx", target.engine_bytes(plan, index))
+    assert told["bits_per_weight"] < told["engine_bits"] <= 4.0
+    assert told["weights_bytes"] == plan.weights_bytes < told["engine_bytes"]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        emit(told, False, "allocation")
+    assert f"in mlx: {told['engine_bits']:.3f} bits per weight" in said.getvalue()
+    free = solve_table(index, table_of(index, limits.formats), limits.formats, budget, "mckp", {})
+    assert "target" not in describe_allocation(free)
