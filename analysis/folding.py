@@ -170,6 +170,10 @@ class Folding:
             self._rows |= {f.producer: s} if f.producer else {}
             self._kept |= dict.fromkeys((n for n in (f.gamma, *f.kept, *f.kept_in) if n), (f, s))
 
+    def touches(self, unit: str) -> bool:
+        """Whether the unit's weight is stored scaled."""
+        return unit in self._columns or unit in self._rows
+
     def columns(self, unit: str) -> Tensor | None:
         """(cols,) the factor on the unit's input columns, None for 1."""
         return self._columns.get(unit)

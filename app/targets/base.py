@@ -226,15 +226,19 @@ class Target(ABC):
         """How the engine stores quantised matrices, where we can write them; imports torch."""
         return None
 
-    def check_weights(self, allocation: Allocation, index: ModelIndex) -> None:
+    def check_weights(self, allocation: Allocation, index: ModelIndex, quantizer: str = "rtn") -> None:
         """Whether `write_weights` can make this checkpoint; a look, no work.
 
         Raises:
-            UserError: the engine's own tools make it, or something in the model is not written here.
+            UserError: the engine's own tools make it, something in the model is not written here, or the container
+                cannot hold the codes of this quantiser.
         """
         if self.container() is None:
             raise UserError(f"the weights of {self.NAME} are made by its own tools",
                             fix="export without --weights and run the command")  # fmt: skip
+        from bitatlas.app.work.engine_checkpoint import check_quantizer
+
+        check_quantizer(quantizer, index)
 
     def write_weights(
         self, allocation: Allocation, index: ModelIndex, out: str | Path, *, quantizer: str = "rtn",
@@ -245,9 +249,9 @@ class Target(ABC):
         ``calibration`` holds the tokens for a quantiser that needs or takes the units' inputs.
 
         Raises:
-            UserError: as `check_weights`; a quantiser that this container cannot hold; no text where one is needed.
+            UserError: as `check_weights`; no text where the quantiser needs one.
         """
-        self.check_weights(allocation, index)
+        self.check_weights(allocation, index, quantizer)
         container = self.container()
         assert container is not None
         from bitatlas.app.work.engine_checkpoint import write_engine_checkpoint

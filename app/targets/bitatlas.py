@@ -22,7 +22,7 @@ class Bitatlas(Target):
         """All of them."""
         return True
 
-    def check_weights(self, allocation: Allocation, index: ModelIndex) -> None:
+    def check_weights(self, allocation: Allocation, index: ModelIndex, quantizer: str = "rtn") -> None:
         """Always raises: the packer writes them, as a job that can be resumed."""
         raise UserError("`bitatlas pack` writes this checkpoint",
                         fix=f"bitatlas pack {shlex.quote(index.path)} allocation.json -o DIR")  # fmt: skip

@@ -129,11 +129,11 @@ class LlamaCpp(Target):
         used = {asked for asked, _, _ in types.values()}
         return next((base for base, kind in _BASES.items() if kind not in used), "Q4_K_M")
 
-    def check_weights(self, allocation: Allocation, index: ModelIndex) -> None:
+    def check_weights(self, allocation: Allocation, index: ModelIndex, quantizer: str = "rtn") -> None:
         """The architectures and types of `app.work.gguf_checkpoint`."""
         from bitatlas.app.work.gguf_checkpoint import check_gguf
 
-        check_gguf(index, allocation)
+        check_gguf(index, allocation, quantizer)
 
     def write_weights(
         self, allocation: Allocation, index: ModelIndex, out: str | Path, *, quantizer: str = "rtn",

@@ -196,7 +196,7 @@ def export(
     if weights:
         if verdict.status != "servable":
             raise UserError(f"{target} would not serve this", found=verdict.reasons[0], fix=verdict.change)
-        engine.check_weights(plan, index)
+        engine.check_weights(plan, index, quantizer)
         text = _quantizer_text(index, quantizer, calibration, tokens, seq_len)
         source = loadable(index, Home.default())
         inputs = _calibration(source, text, tokens, seq_len) if text else None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bitatlas.kernels.packed.shards import TensorSpec
     from bitatlas.kernels.reference import Quantized
 
-__all__ = ["Container", "unit_quantizer", "write_engine_checkpoint"]
+__all__ = ["Container", "check_quantizer", "unit_quantizer", "write_engine_checkpoint"]
 
 
 class Container(Protocol):
@@ -67,15 +67,18 @@ def write_engine_checkpoint(
 ) -> Path:
     """Write ``index`` quantised by ``allocation`` into the folder ``out``, which must be empty or missing.
 
-    Units in a pass-through format, and all other tensors, stay as they are in the checkpoint.
+    Units in a pass-through format, and all other tensors, stay as they are in the checkpoint, but for scales that the
+    quantiser folds into them.
 
     Raises:
-        UserError: the folder is in use, another model's allocation, a quantiser that needs text, the disk is full.
+        UserError: the folder is in use, another model's allocation, a quantiser that needs text or whose folded scales
+            do not fit, the disk is full.
     """
     from bitatlas.analysis.weights import WeightReader
     from bitatlas.kernels.packed.writer import check_folder, copy_side_files
 
     allocation.check_model(index)
+    check_quantizer(quantizer, index)
     target = Path(out).expanduser().absolute()
     if check_folder(target):
         raise UserError(f"{target} holds a packed model", fix="name a folder that is empty or does not exist")
@@ -83,7 +86,8 @@ def write_engine_checkpoint(
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         with WeightReader(index) as reader:
-            quantise = unit_quantizer(quantizer, index, allocation, calibration)
+            order = [u for units in container.groups(index) for u in units]
+            quantise = unit_quantizer(quantizer, index, allocation, order, reader, calibration)
             _write_shards(work, _pieces(container, index, allocation, reader, quantise), shard_bytes)
         copy_side_files(Path(index.path), work, container.config(allocation, index))
         work.chmod(0o755)  # mkdtemp's folders are private
@@ -94,25 +98,56 @@ def write_engine_checkpoint(
     return target
 
 
-def unit_quantizer(
-    name: str, index: ModelIndex, allocation: Allocation, calibration: CalibrationSet | None
-) -> UnitQuantizer:
-    """What chooses the codes: the packer's, with the same statistics.
+def check_quantizer(name: str, index: ModelIndex) -> None:
+    """Whether the codes of this quantiser can be stored without our own packed modules; a look, no work.
 
     Raises:
-        UserError: an unknown quantiser, or one whose codes are not written here.
+        UserError: an unknown quantiser, or scales folded into tensors that stay at the checkpoint's precision.
+    """
+    from bitatlas.analysis.folding import find_folds, widened
+    from bitatlas.app.targets.names import stacked_on_disk
+    from bitatlas.kernels.quantizers import get_quantizer
+
+    if not get_quantizer(name).FOLDS:
+        return
+    wide = widened(find_folds(index))
+    lost = [k.name for k in index.kept if k.name in wide and k.dtype != "F32"]
+    lost += [u.key for u in index.units if stacked_on_disk(u)]
+    if lost:
+        raise UserError(
+            f"{name} would change tensors that this container keeps as they are", found=f"{len(lost)}, such as {lost[0]}",
+            fix="--quantizer gptq, or `bitatlas pack`, which stores them as float32",
+        )  # fmt: skip
+
+
+def unit_quantizer(
+    name: str, index: ModelIndex, allocation: Allocation, order: Sequence[QuantUnit],
+    reader: WeightReader, calibration: CalibrationSet | None,
+) -> UnitQuantizer:  # fmt: skip
+    """What chooses the codes: the packer's, with the same statistics.
+
+    Args:
+        order: the units in the order in which they will be written, which spares passes of the text.
+
+    Raises:
+        UserError: an unknown quantiser, or a text is needed and missing.
     """
     from bitatlas.analysis.quantising import UnitQuantizer
+    from bitatlas.kernels.formats import FORMATS
     from bitatlas.kernels.quantizers import get_quantizer
 
     kind = get_quantizer(name)
-    if kind.NEEDS_INPUTS:
-        raise UserError(f"{name} is not available for this container", fix="--quantizer mse")
-    if calibration is None or not kind.TAKES_INPUTS:
+    if calibration is None or not (kind.NEEDS_INPUTS or kind.TAKES_INPUTS):
         return UnitQuantizer(name)
+    from bitatlas.analysis.input_stats import InputSource
     from bitatlas.analysis.loaded import LoadedModel
 
-    return UnitQuantizer.over(name, LoadedModel.open(index), calibration.tokens, allocation.formats)
+    loaded = LoadedModel.open(index)
+    rounded = [u for u in order if FORMATS[allocation.formats[u.key]].kind != "float"]
+    source = InputSource(loaded, calibration.tokens, rounded)
+    return UnitQuantizer.over(
+        name, loaded, calibration.tokens, allocation.formats, gamma=reader.kept, source=source
+    )
 
 
 def _pieces(
@@ -128,7 +163,8 @@ def _pieces(
         fmt = FORMATS[allocation.formats[units[0].key]]
         dtype = DTYPES[reader.files.tensors[units[0].tensor][1].dtype]
         specs = container.specs(units, fmt, dtype)
-        if fmt.kind == "float" and len(units) == 1 and specs[0].name == units[0].tensor:
+        alone = len(units) == 1 and specs[0].name == units[0].tensor
+        if fmt.kind == "float" and alone and not quantise.folding.touches(units[0].key):
             whole.add(units[0].tensor)
             continue
 
@@ -136,7 +172,7 @@ def _pieces(
             units: list[QuantUnit] = units, fmt: Format = fmt, dtype: torch.dtype = dtype, specs: Any = specs
         ) -> dict[str, Tensor]:
             if fmt.kind == "float":
-                parts = [reader.get(u).to(dtype) for u in units]
+                parts = [quantise.prepared(u.key, reader.get(u)).to(dtype) for u in units]
                 return {specs[0].name: torch.stack(parts) if len(specs[0].shape) == 3 else parts[0]}
             return container.tensors(units, [quantise.codes(u.key, reader.get(u), fmt) for u in units], dtype)
 
@@ -144,7 +180,11 @@ def _pieces(
     for name in sorted(whole):
         info = reader.files.tensors[name][1]
         spec = TensorSpec(name, DTYPES[info.dtype], tuple(info.shape))
-        pieces.append(_Piece([spec], lambda name=name: {name: reader.kept(name)}))  # type: ignore[misc]
+
+        def plain(name: str = name, dtype: torch.dtype = spec.dtype) -> dict[str, Tensor]:
+            return {name: quantise.folding.kept(name, reader.kept(name)).to(dtype)}
+
+        pieces.append(_Piece([spec], plain))
     return pieces
 
 

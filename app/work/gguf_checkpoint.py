@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitatlas.analysis.schema import FORMATS, Allocation, ModelIndex, QuantUnit
+from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit
 from bitatlas.app.targets.ggml import (
     ARCHITECTURES,
     MAKEABLE,
@@ -46,11 +46,12 @@ class _Tensor:
     make: Callable[[], np.ndarray]
 
 
-def check_gguf(index: ModelIndex, allocation: Allocation) -> None:
+def check_gguf(index: ModelIndex, allocation: Allocation, quantizer: str = "rtn") -> None:
     """A look, no work.
 
     Raises:
-        UserError: an architecture or a type that is not written here.
+        UserError: an architecture or a type that is not written here, or one that the gguf package rounds itself while
+            another quantiser than rtn is asked for.
     """
     if index.model_type not in WRITTEN:
         raise UserError(f"the GGUF of {index.model_type} is not written here", found=f"written: {', '.join(WRITTEN)}",
@@ -67,6 +68,18 @@ def check_gguf(index: ModelIndex, allocation: Allocation) -> None:
             fix="solve with --formats int{4,5,8}-g32-sym,int{4,5}-g32 --target llama.cpp, or run the command of the "
             "export without --weights",
         )  # fmt: skip
+    own = [u.key for u in index.units if not _same_grid(FORMATS[allocation.formats[u.key]], u.cols)]
+    if own and quantizer != "rtn":
+        raise UserError(
+            f"{quantizer} does not count where the gguf package rounds by itself",
+            found=f"{len(own)} units, such as {own[0]} in {allocation.formats[own[0]]}",
+            fix="solve with --formats int{4,5,8}-g32-sym,int{4,5}-g32 --target llama.cpp, or --quantizer rtn",
+        )  # fmt: skip
+
+
+def _same_grid(fmt: Format, cols: int) -> bool:
+    """Whether ggml stores our codes, or the weight as it is."""
+    return exact_type(fmt) == ggml_type(fmt, cols)
 
 
 def write_gguf(
@@ -79,11 +92,11 @@ def write_gguf(
 ) -> Path:
     """Write ``index`` quantised by ``allocation`` into the file ``out``.
 
-    Codes are ours wherever ggml has the same grid (`app.work.gguf_blocks`), so ``quantizer`` counts there; other types
-    are rounded by the gguf package.
+    Codes are ours wherever ggml has the same grid (`app.work.gguf_blocks`); other types are rounded by the gguf package,
+    and then only rtn is taken.
 
     Raises:
-        UserError: as `check_gguf`; a tokenizer that is not written here, a quantiser that needs text, the disk.
+        UserError: as `check_gguf`; a tokenizer that is not written here, a quantiser without its text, the disk.
     """
     import gguf
 
@@ -91,8 +104,7 @@ def write_gguf(
     from bitatlas.app.work.engine_checkpoint import unit_quantizer
 
     allocation.check_model(index)
-    check_gguf(index, allocation)
-    quantise = unit_quantizer(quantizer, index, allocation, calibration)
+    check_gguf(index, allocation, quantizer)
     config, target = read_config(Path(index.path)), Path(out).expanduser().absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -102,6 +114,8 @@ def write_gguf(
         add_config(writer, config, index.name)
         add_tokenizer(writer, Path(index.path), config["vocab_size"])
         with WeightReader(index) as reader:
+            order = [u for units in _stacks(index).values() for u in units]
+            quantise = unit_quantizer(quantizer, index, allocation, order, reader, calibration)
             tensors = _tensors(index, allocation, config, reader, quantise)
             most = max(tensors, key=lambda t: math.prod(t.shape) * (t.kind != "f32"))
             writer.add_file_type(_FILE_TYPES.get(most.kind, 0))
@@ -124,31 +138,38 @@ def write_gguf(
     return target
 
 
+def _stacks(index: ModelIndex) -> dict[str, list[QuantUnit]]:
+    """GGUF tensor -> its units, in file order."""
+    stacks: dict[str, list[QuantUnit]] = {}
+    for unit in index.units:
+        stacks.setdefault(gguf_name(unit), []).append(unit)
+    if "" in stacks:
+        raise UserError("a tensor has no place in GGUF", found=stacks[""][0].key)
+    return stacks
+
+
 def _tensors(
     index: ModelIndex, allocation: Allocation, config: dict[str, Any], reader: WeightReader, quantise: UnitQuantizer
 ) -> list[_Tensor]:  # fmt: skip
     """All tensors in file order: stacks of experts become one each."""
     import gguf
 
-    stacks: dict[str, list[QuantUnit]] = {}
-    for unit in index.units:
-        stacks.setdefault(gguf_name(unit), []).append(unit)
-    if "" in stacks:
-        raise UserError("a tensor has no place in GGUF", found=stacks[""][0].key)
     heads = {
         "q": config["num_attention_heads"],
         "k": config.get("num_key_value_heads") or config["num_attention_heads"],
     }
     permuted = index.model_type in ROPE_PERMUTED
     out = []
-    for name, units in stacks.items():
+    for name, units in _stacks(index).items():
         first, fmt = units[0], FORMATS[allocation.formats[units[0].key]]
         kind = ggml_type(fmt, first.cols)
 
         def one(unit: QuantUnit, fmt: Any = fmt, kind: str = kind) -> np.ndarray:
             weight = reader.get(unit)
-            same = exact_type(fmt) == kind and fmt.kind == "int"
-            data = blocks_of(quantise.codes(unit.key, weight, fmt)) if same else ggml_round(weight, kind)
+            if _same_grid(fmt, unit.cols) and fmt.kind != "float":
+                data = blocks_of(quantise.codes(unit.key, weight, fmt))
+            else:
+                data = ggml_round(quantise.prepared(unit.key, weight), kind)
             return _permute(data, heads[unit.role]) if permuted and unit.role in heads else data
 
         def stack(units: list[QuantUnit] = units, one: Callable[[QuantUnit], np.ndarray] = one) -> np.ndarray:
@@ -166,7 +187,7 @@ def _tensors(
             raise UserError("a tensor has no place in GGUF", found=kept.name, fix="export without --weights")
 
         def plain(key: str = kept.name) -> np.ndarray:
-            data = reader.kept(key).float().numpy()
+            data = quantise.folding.kept(key, reader.kept(key)).float().numpy()
             role = next((r for r in heads if key.endswith(f"{r}_proj.bias")), None)
             data = _permute(data, heads[role]) if permuted and role else data
             return np.ascontiguousarray(data)
