@@ -7,6 +7,7 @@ prints a JSON object: case -> largest error, or the words of an exception. Set T
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import traceback
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitatlas.kernels.formats import parse_format
-from bitatlas.kernels.kv import parse_kv_format, parse_pair
+from bitatlas.kernels.kv import KV_FORMATS, parse_kv_format, parse_pair
 from bitatlas.kernels.kv.quantize import pack_kv as reference_kv
 from bitatlas.kernels.packed.matrix import PackedMatrix, pack_weight
 from bitatlas.kernels.packing import pack_codes, unpack_codes
@@ -94,24 +95,27 @@ def linear(name: str, dtype: str, device: str, splits: int | None = None) -> flo
 def experts(dtype: str, device: str) -> float:
     from bitatlas.kernels import triton_experts
 
-    names = ["int2-g32", "bf16", "int4-g64-sym", "int3-channel", "int8-g32", "fp16", "int6-channel-sym"]
-    count, tokens, chosen, n, k = len(names), 20, 2, 40, 97
+    names = ("int2-g32", "bf16", "int4-g64-sym", "int3-channel", "int8-g32", "fp16", "int6-channel-sym", "int5-g64",
+             "int5-g32-sym")  # fmt: skip
+    count, chosen, n, k = len(names), 2, 40, 97
+    tokens = 18 + count
     weights = [noise(n, k, seed=e) for e in range(count)]
     table = triton_experts.ExpertTable.build(
         [matrix(w, f, device) for w, f in zip(weights, names, strict=True)]
     )
     x = noise(tokens, k, seed=99).to(DTYPES[dtype])
-    index = torch.stack([torch.randperm(count)[:chosen] for _ in range(tokens)])
-    index[0] = count  # nobody
-    index[1:18, 0] = 2  # more than one tile
-    index[1:18, 1] = 4
+    index = torch.full((tokens, chosen), count)  # nobody
+    index[1:18] = torch.tensor([2, 4])  # more than one tile
+    index[18:, 0] = torch.arange(count)  # everybody
+    index[18:, 1] = torch.arange(count).roll(3)
     routing = triton_experts.route(index.to(device), table)
     got = triton_experts.grouped_linear(x.to(device), routing.token, routing, table)
     dense = [quantize_dequantize(w, parse_format(f)).double() for w, f in zip(weights, names, strict=True)]
     flat = index.reshape(-1)
     want = torch.stack([x[p // chosen].double() @ dense[int(flat[p])].T for p in routing.pair.tolist()])
     assert sorted(routing.pair.tolist()) == (flat < count).nonzero().flatten().tolist()
-    return relative(got, want)
+    own = flat[routing.pair.cpu()]  # an expert with small weights must not hide behind one with large ones
+    return max(relative(got[(own == e).to(got.device)], want[own == e]) for e in range(count))
 
 
 def experts_module(family: str, device: str) -> float:
@@ -238,6 +242,16 @@ def kv_model(family: str, device: str) -> float:
     return max(relative(got, want), padded)
 
 
+# Every pair of axes with every dtype; all nine pairs of widths on the way.
+_AXES = (("token", "token"), ("token", "channel"), ("channel", "token"), ("channel", "channel"))
+_BITS = tuple(itertools.product((2, 4, 8), repeat=2))
+KV_DECODES = tuple(
+    (f"kv{k}-{k_axis}/kv{v}-{v_axis}", dtype)
+    for ((k_axis, v_axis), dtype), (k, v) in zip(
+        itertools.product(_AXES, DTYPES), itertools.cycle(_BITS), strict=False
+    )
+)  # fmt: skip
+
 KV_MODELS = {
     "grouped": (
         "LlamaConfig",
@@ -263,9 +277,9 @@ def cases(device: str) -> dict[str, Callable[[], float]]:
     out["split-3-fp32"] = lambda: linear("int4-g32-sym", "fp32", device, splits=3)
     for family in ("plain", "interleaved"):
         out[f"module-{family}-fp32"] = lambda family=family: experts_module(family, device)
-    for name in ("kv2-token", "kv4-channel", "kv8-token", "kv8-channel"):
+    for name in (n for n, f in KV_FORMATS.items() if f.bits < 16):
         out[f"kv-pack-{name}"] = lambda name=name: kv_pack(name, device)
-    for pair, dtype in (("kv4-channel/kv2-token", "fp32"), ("kv2-token/kv8-token", "bf16")):
+    for pair, dtype in KV_DECODES:
         out[f"kv-decode-{pair}-{dtype}"] = lambda pair=pair, dtype=dtype: kv_decode(pair, dtype, device)
     for family in KV_MODELS:
         out[f"kv-model-{family}-fp32"] = lambda family=family: kv_model(family, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import traceback
@@ -18,7 +19,8 @@ INT = "i32"
 def sources() -> dict[str, ASTSource]:
     """Name -> kernel with argument types; each width of the straddling and the dividing kind."""
     out = {}
-    for bits in (2, 3, 4, 5, 6, 8):
+    dtypes = ("bf16", "fp16", "fp32")
+    for i, bits in enumerate((2, 3, 4, 5, 6, 8)):
         reach = 32 // bits + (0 if 32 % bits == 0 else 2)
         out[f"pack-{bits}"] = ASTSource(
             triton_pack.pack_kernel,
@@ -32,26 +34,19 @@ def sources() -> dict[str, ASTSource]:
         )
         buffers = {"codes": "*u32", "scales": "*fp16", "zeros": "*u32"}
         sizes = dict.fromkeys(("words", "group", "groups"), INT)
-        out[f"dequantize-{bits}"] = ASTSource(
-            triton_linear.dequantize_kernel,
-            {**buffers, "out": "*bf16", "rows": INT, "cols": INT, **sizes},
-            {"BITS": bits, "SYMMETRIC": bits == 4, "ROWS": 16, "COLS": 128},
-        )
-        for dtype in ("bf16", "fp16", "fp32"):
-            out[f"linear-{bits}-{dtype}"] = ASTSource(
-                triton_linear.linear_kernel,
-                {
-                    "x": f"*{dtype}",
-                    **buffers,
-                    "out": "*fp32",
-                    "m": INT,
-                    "n": INT,
-                    "k": INT,
-                    **sizes,
-                    "chunk": INT,
-                },
-                {"BITS": bits, "SYMMETRIC": bits == 4, "M": 16, "N": 64, "K": 32},
+        for symmetric in (False, True):
+            kind = f"{bits}-sym" if symmetric else str(bits)
+            out[f"dequantize-{kind}"] = ASTSource(
+                triton_linear.dequantize_kernel,
+                {**buffers, "out": "*bf16", "rows": INT, "cols": INT, **sizes},
+                {"BITS": bits, "SYMMETRIC": symmetric, "ROWS": 16, "COLS": 128},
             )
+            for dtype in (dtypes[i % 3],) if symmetric else dtypes:
+                out[f"linear-{kind}-{dtype}"] = ASTSource(
+                    triton_linear.linear_kernel,
+                    {"x": f"*{dtype}", **buffers, "out": "*fp32", "m": INT, "n": INT, "k": INT, **sizes, "chunk": INT},
+                    {"BITS": bits, "SYMMETRIC": symmetric, "M": 16, "N": 64, "K": 32},
+                )  # fmt: skip
     for dtype in ("bf16", "fp16", "fp32"):
         out[f"experts-{dtype}"] = ASTSource(
             triton_experts.grouped_kernel,
@@ -80,11 +75,14 @@ def sources() -> dict[str, ASTSource]:
     lengths = dict.fromkeys(
         ("first", "tokens", "k_dim", "v_dim", "k_n", "v_n", "block", "group", "chunk", "splits"), INT
     )
-    for k, v in ((8, 8), (8, 4), (4, 2)):
-        out[f"kv-decode-{k}-{v}"] = ASTSource(
+    widths = itertools.cycle(itertools.product((2, 4, 8), repeat=2))
+    for (axes, dtype), (k, v) in zip(
+        itertools.product(("tt", "tc", "ct", "cc"), dtypes), widths, strict=False
+    ):
+        out[f"kv-decode-{k}-{v}-{axes}"] = ASTSource(
             triton_kv.decode_kernel,
             {
-                "q": "*bf16",
+                "q": f"*{dtype}",
                 **packed,
                 "out": "*fp32",
                 "top": "*fp32",
@@ -94,9 +92,9 @@ def sources() -> dict[str, ASTSource]:
             },
             {
                 "K_BITS": k,
-                "K_CHANNEL": True,
+                "K_CHANNEL": axes[0] == "c",
                 "V_BITS": v,
-                "V_CHANNEL": False,
+                "V_CHANNEL": axes[1] == "c",
                 "G": 16,
                 "T": 32,
                 "DK": 128,
@@ -111,10 +109,13 @@ SOME = (
     "unpack-5",
     "dequantize-6",
     "linear-3-bf16",
+    "linear-3-sym-fp16",
     "linear-4-fp16",
+    "linear-5-sym-bf16",
     "experts-bf16",
     "kv-pack-4-channel",
-    "kv-decode-8-4",
+    "kv-decode-8-4-ct",
+    "kv-decode-4-8-tc",
 )
 
 
