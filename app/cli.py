@@ -85,7 +85,7 @@ def measure(
     seed: Seed = 0,
     text_mode: Annotated[str, typer.Option(help="packed, or document: one document a sequence.")] = "packed",
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="METRIC.NAME=VALUE, an option of a metric.")
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, an option of the metrics; repeatable.")
     ] = None,
     wait: Wait = False,
     json_output: Json = False,

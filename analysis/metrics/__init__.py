@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 from bitatlas.analysis.metrics.activation_error import ActivationError
 from bitatlas.analysis.metrics.activation_magnitude import ActivationMagnitude
@@ -45,7 +43,7 @@ from bitatlas.analysis.metrics.weight_error import WeightError
 from bitatlas.analysis.metrics.zd import Zd
 from bitatlas.kernels.errors import UserError
 
-__all__ = ["METRICS", "Cost", "Metric", "StepResult", "check_settings", "get_metric", "metric_of_value"]
+__all__ = ["METRICS", "Cost", "Metric", "StepResult", "get_metric", "metric_of_value"]
 
 _TABLE: tuple[type[Metric], ...] = (
     FisherProjection,
@@ -110,14 +108,3 @@ def get_metric(name: str) -> Metric:
 def metric_of_value(value: str) -> str:
     """Name of the metric whose run emits ``value`` (``weight_error_rel`` -> ``weight_error``), "" when none."""
     return next((name for name, m in METRICS.items() if value in m.EMITS), "")
-
-
-def check_settings(metrics: Iterable[Metric], settings: Mapping[str, Any]) -> None:
-    """Raises `UserError` unless every setting belongs to one of ``metrics``."""
-    known = sorted({key for m in metrics for key in m.SETTINGS})
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise UserError(
-            f"unknown setting{'s' * (len(unknown) > 1)}: {', '.join(unknown)}",
-            found=f"settings of these metrics: {', '.join(known) or 'none'}",
-        )

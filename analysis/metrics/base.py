@@ -76,6 +76,9 @@ class Metric(ABC):
     """What its units are: the checkpoint's, or the layers of the KV cache (`metrics.kv_common`)."""
     SETTINGS: ClassVar[Mapping[str, Any]] = {}
     """Options of this metric with their defaults; JSON-able, part of the run key."""
+    LIMITS: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Where an option's default does not tell what it may be: (least, most) of a number, or all words of a text. Else a
+    number is at least 0, and a whole number whose default is positive at least 1 (`metrics.settings`)."""
 
     @abstractmethod
     def plan(self, ctx: MeasureContext) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,6 +42,7 @@ class Coactivation(Metric):
     EMITS = ("coactivation", "coactivation_lift", "coactivation_partner")
     VERSION = 1
     SETTINGS = {"shrink_tokens": 64}
+    LIMITS = {"shrink_tokens": (0, math.inf)}
 
     def plan(self, ctx: MeasureContext) -> list[str]:
         """Chunks of sequences.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,6 +48,7 @@ class ExpertError(Metric):
     EMITS = ("expert_error", "expert_error_joint", "expert_error_shrunk", "expert_error_pmq")
     VERSION = 1
     SETTINGS = {"shrink_tokens": 64, "quantizer": "rtn"}
+    LIMITS = {"shrink_tokens": (0, math.inf)}
 
     def plan(self, ctx: MeasureContext) -> list[str]:
         """One step per layer with experts.

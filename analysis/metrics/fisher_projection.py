@@ -16,6 +16,7 @@ The projections of all probes stay in the run's part files; `analysis.fisher.mat
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -28,6 +29,7 @@ from bitatlas.analysis.fisher.posterior import posterior_of_units, trace_form
 from bitatlas.analysis.gradient_groups import units_of_group
 from bitatlas.analysis.metrics.base import Cost, Parts, StepResult
 from bitatlas.analysis.metrics.probe_base import (
+    PROBE_LIMITS,
     PROBE_SETTINGS,
     ProbeMetric,
     damage_rows,
@@ -61,6 +63,7 @@ class FisherProjection(ProbeMetric):
     """whole_tokens: calibration tokens on which the model is measured as a whole in each format; 0 = not at all.
     front_tokens: calibration tokens for the slopes at each anchor; 0 = none, as when nothing is measured as a whole.
     """
+    LIMITS: ClassVar = {**PROBE_LIMITS, "whole_tokens": (0, math.inf), "front_tokens": (0, math.inf)}
 
     def __init__(self) -> None:
         super().__init__()

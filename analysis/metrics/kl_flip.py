@@ -5,6 +5,7 @@ A flip in layer l costs only the blocks from l on (`analysis.prefix`), tested eq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
@@ -45,6 +46,7 @@ class KlFlip(Metric):
     EMITS = ("kl_flip",)
     VERSION = 2
     SETTINGS: ClassVar = {"flip_sequences": 16, "flips": 0, "cache_gib": 3.0, "quantizer": "rtn"}
+    LIMITS: ClassVar = {"flip_sequences": (0, math.inf)}
 
     def __init__(self) -> None:
         self._state: tuple[MeasureContext, _Originals] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -39,6 +40,11 @@ class KvMetric(Metric):
     SUBJECT = "kv"
     PER_FORMAT = False
     KV_SETTINGS: ClassVar = _SETTINGS
+    LIMITS: ClassVar = {
+        "kv_residual": (0, 1 << 20),
+        "flip_sequences": (0, math.inf),
+        "score": ("signs", "labels"),
+    }
 
     def unit_keys(self, ctx: MeasureContext) -> tuple[str, ...]:
         """``kv.L``, ``kv.L.k``, ``kv.L.v`` of every layer that keeps K/V of its own."""

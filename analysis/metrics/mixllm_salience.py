@@ -38,6 +38,7 @@ class MixllmSalience(Metric):
     EMITS = ("mixllm_salience", "mixllm_share")
     VERSION = 1
     SETTINGS = {"mixllm_top": 0.1}
+    LIMITS = {"mixllm_top": (0, 1)}
 
     def plan(self, ctx: MeasureContext) -> list[str]:
         """At most eight chunks of sequences."""

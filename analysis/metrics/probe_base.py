@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bitatlas.analysis.fisher.probes import ProbePass
     from bitatlas.analysis.measure import MeasureContext
 
-__all__ = ["PROBE_SETTINGS", "ProbeMetric", "damage_rows", "ratio_stderr", "sequences_of"]
+__all__ = ["PROBE_LIMITS", "PROBE_SETTINGS", "ProbeMetric", "damage_rows", "ratio_stderr", "sequences_of"]
 
 _STEP_TOKENS = 512  # a few seconds of forward and backward passes on two cores
 
@@ -39,6 +39,10 @@ dtype: ``bfloat16`` runs the model in it; errors and products stay float32. "" =
 tokens and the rest: see `analysis.token_weights`.
 """
 
+PROBE_LIMITS: dict[str, tuple[Any, ...]] = {
+    "dtype": ("", "float32", "bfloat16", "float16"), "tokens": ("all", "answer", "attention"),
+}  # fmt: skip
+
 
 class ProbeMetric(Metric):
     """Probes of all sequences for one group of layers after the other, as arrays; a subclass reduces them in ``finish``."""
@@ -50,6 +54,7 @@ class ProbeMetric(Metric):
     """One more probe per sequence, draw -1: the gradient of the cross-entropy on the text itself."""
     SCORES: ClassVar[tuple[str, ...]] = ("signs", "labels")
     SETTINGS: ClassVar = PROBE_SETTINGS
+    LIMITS: ClassVar = PROBE_LIMITS
 
     def __init__(self) -> None:
         self._pass: tuple[MeasureContext, str, ProbePass] | None = None

@@ -94,7 +94,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     """``NAME=VALUE`` options of metrics; numbers and true/false become what they look like.
 
     Raises:
-        UserError: not a pair.
+        UserError: not a pair. Whether a metric takes the value, `measure_params` says.
     """
     import json
 
@@ -152,7 +152,9 @@ def measure_params(
     Raises:
         UserError: anything in it that cannot be.
     """
-    from bitatlas.analysis.metrics import METRICS
+    from bitatlas.analysis.measure import MeasureContext
+    from bitatlas.analysis.metrics import METRICS, get_metric
+    from bitatlas.analysis.metrics.settings import check_settings
 
     index = register(model)
     for name, needed in (("tokens", tokens), ("sequence length", seq_len)):
@@ -175,17 +177,12 @@ def measure_params(
         fit_length(index, seq_len)
     if text_mode not in ("packed", "document"):
         raise UserError("unknown calibration mode", found=repr(text_mode), fix="packed or document")
-    known = {key for n in names for key in METRICS[n].SETTINGS}
-    unknown = sorted(set(settings or {}) - known)
-    if unknown:
-        raise UserError(
-            f"no metric here has an option {', '.join(unknown)}",
-            found=f"options: {', '.join(sorted(known)) or 'none'}",
-        )
-    if "quantizer" in (settings or {}):
-        from bitatlas.kernels.quantizers import get_quantizer
-
-        get_quantizer(str((settings or {})["quantizer"]))
+    check_settings((METRICS[n] for n in names), settings or {})
+    ctx = MeasureContext(
+        index, expand_formats(formats), seed=seed, settings=settings, tokens=tokens, seq_len=seq_len
+    )
+    for name in names:
+        get_metric(name).plan(ctx)  # what it refuses it refuses here, not in the job
     versions = {n: METRICS[n].VERSION for n in names if METRICS[n].VERSION > 1}
     return {
         "model": index.path,

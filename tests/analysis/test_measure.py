@@ -13,7 +13,7 @@ from bitatlas.analysis.measure import (
     run_metric,
     run_step,
 )
-from bitatlas.analysis.metrics import METRICS, check_settings, get_metric
+from bitatlas.analysis.metrics import METRICS, get_metric
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult, chunks_by_layer
 from bitatlas.analysis.schema import DamageRow, ModelIndex, QuantUnit
 from bitatlas.kernels.errors import UserError
@@ -157,6 +157,3 @@ def test_unknown_metric_and_setting(monkeypatch):
     with pytest.raises(UserError, match="nearest: counting"):
         get_metric("countin")
     assert isinstance(get_metric("counting_total"), Counting)
-    check_settings([Counting()], {"scale": 1.0})
-    with pytest.raises(UserError, match="scael.*scale"):
-        check_settings([Counting()], {"scael": 1.0})

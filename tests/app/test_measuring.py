@@ -82,3 +82,26 @@ def _plan(model: Path, folder: Path) -> Path:
     path = folder / "plan.json"
     path.write_text(plan.to_json())
     return path
+
+
+def test_what_a_metric_refuses_is_no_job(
+    tmp_path: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 4000)
+
+    def asked(metric: str, **settings: object) -> dict[str, object]:
+        return measure_params(tiny_checkpoint("llama"), metric, formats="int4-g32", calibration=text, tokens=256,
+                              seq_len=64, seed=0, settings=settings)  # fmt: skip
+
+    for metric, settings, words in (
+        ("hawq_trace", {"max_probes": 0}, "max_probes"),
+        ("hawq_trace", {"probe_group": 1}, "probe group"),
+        ("prune", {"prune_share": 1.5}, "between 0 and 1"),
+        ("fisher", {"score": "guesses"}, "score"),
+        ("routing", {}, "expert"),  # a dense model
+    ):
+        with pytest.raises(UserError, match=words):
+            asked(metric, **settings)
+    assert asked("fisher", draws=1)["settings"] == {"draws": 1}
