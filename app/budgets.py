@@ -55,10 +55,13 @@ def resolve_budget(
         bits_k, bits_v: bits of one cached K and V element. kv: formats by layer, instead of these.
 
     Raises:
-        UserError: none or several of the three, a negative context, no sequence, or nothing is left for the weights.
+        UserError: none or several of the three, a context without ``fit`` or a negative one, no sequence, or nothing is left for the weights.
     """
     at_least("context", context, 0)
     at_least("batch", batch, 1)
+    if context and fit is None:
+        raise UserError("a context length counts only where memory is shared with the KV cache", found=f"--context {context} without --fit",
+                        fix="--fit 8GiB, or leave out --context")  # fmt: skip
     given = [
         name for name, value in (("--bits", bits), ("--bytes", bytes_), ("--fit", fit)) if value is not None
     ]

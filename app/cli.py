@@ -117,7 +117,7 @@ def estimate(
 def solve(
     model: Model,
     metric: Damage = "",
-    solver: Solver = "mckp",
+    solver: Solver = "",
     bits: Bits = None,
     bytes_: Bytes = None,
     fit: Fit = None,

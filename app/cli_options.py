@@ -56,7 +56,7 @@ Metric = Annotated[
         help="`bitatlas metrics` lists them; a comma list, or `all` that apply, where several make sense.",
     ),
 ]
-Solver = Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists them.")]
+Solver = Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists them; solve takes mckp by default, ilp under further limits, hull under limits on groups.")]  # fmt: skip
 Bits = Annotated[float | None, typer.Option(help="Effective bits per weight over the units.")]
 Bytes = Annotated[
     str | None, typer.Option("--bytes", help="All weights, kept tensors included: 500MB, 123456.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -59,7 +60,7 @@ def refine(
 @guarded
 def search(
     model: Model,
-    solver: Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists the searches.")] = "evopress",
+    solver: Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists the searches.")] = "path",
     metric: Damage = "",
     bits: Bits = None,
     bytes_: Bytes = None,
@@ -88,11 +89,17 @@ def search(
     """Search on the real model. A durable job; every candidate is a row of the store."""
     from bitatlas.app import tasks
 
+    chosen = tasks.parse_settings(set_ or [])
+    most = tasks.search_tokens(
+        solver, tokens=tokens, steps=generations, settings=chosen, starts=len(start or [])
+    )
+    if most is not None and not json_output:
+        print(f"{solver}: at most {most:,} forward-equivalent tokens", file=sys.stderr)
     result = tasks.search(
         model, solver=solver, metric=metric, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
         kv_bits=kv_bits, kv_plan=kv_plan, reserve=reserve, formats=formats, pins=pin or [], target=target,
         calibration=calibration, tokens=tokens, seq_len=seq_len, steps=generations, start=start or [], policy=policy,
-        settings=tasks.parse_settings(set_ or []), seed=seed, precision=precision, output=output, wait=wait, on_progress=progress_printer(json_output),
+        settings=chosen, seed=seed, precision=precision, output=output, wait=wait, on_progress=progress_printer(json_output),
     )  # fmt: skip
     if isinstance(result, dict):
         emit(result, json_output, "job")

@@ -58,6 +58,12 @@ def under_rules(
         UserError: rules that cannot be met, evidence that has not been measured.
     """
     if rules.floor:
+        if not (problem.experts >= 0).any():
+            raise UserError(
+                f"{index.name} has no experts that could be rare",
+                found=f"--rare-floor {rules.floor}",
+                fix="leave it out",
+            )
         rare = rare_units(index, tables, problem, rules.below)
         allowed = floor_mask(problem, index, rare, rules.floor)
         problem = replace(problem, allowed=allowed)
@@ -149,6 +155,12 @@ def expert_ties(index: ModelIndex, ties: str) -> tuple[TieGroup, ...]:
         )
     if ties == "free":
         return ()
+    if not any(u.expert >= 0 for u in index.units):
+        raise UserError(
+            f"{index.name} has no experts that could share a format",
+            found=f"--expert-ties {ties}",
+            fix="leave it out",
+        )
     found: dict[str, list[str]] = {}
     for u in index.units:
         if u.expert >= 0 and (ties != "gate-up" or u.role in ("gate", "up")):

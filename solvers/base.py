@@ -130,7 +130,9 @@ class Solver(ABC):
         if problem.side and not self.MULTI_BUDGET:
             names = ", ".join(s.name for s in problem.side)
             raise UserError(
-                f"{self.NAME} knows one budget only", found=f"also limited: {names}", fix="use ilp"
+                f"{self.NAME} knows one budget only",
+                found=f"also limited: {names}",
+                fix="use ilp, or hull for limits on groups",
             )
         if self.NEEDS_DAMAGE and not problem.has_damage:
             raise UserError(

@@ -9,7 +9,7 @@ import numpy as np
 
 from bitatlas.analysis.schema import UserError
 from bitatlas.solvers.level_switch import LevelSwitch
-from bitatlas.solvers.searcher import Searcher, State
+from bitatlas.solvers.searcher import Reading, Searcher, State
 
 __all__ = ["EvoPress"]
 
@@ -43,6 +43,19 @@ class EvoPress(Searcher):
                 fix="as many survivors as tokens (16/4/1 and 2048/16384/131072); groups size, name or none",
             )
         return out
+
+    @classmethod
+    def readings(cls, settings: Mapping[str, Any], starts: int, step: int) -> tuple[Reading, ...]:
+        """See `Searcher.readings`."""
+        if step == 0:
+            first = round(settings["initial_tokens"] * settings["scale"])
+            return (Reading(first, starts or max(1, settings["initial"])),)
+        alive, out = settings["offspring"], []
+        for stage, (survivors, tokens) in enumerate(zip(settings["survivors"], settings["tokens"])):
+            parent = stage == len(settings["tokens"]) - 1
+            out.append(Reading(round(tokens * settings["scale"]), alive + parent))
+            alive = min(alive, survivors)
+        return tuple(out)
 
     def begin(self) -> State:
         """The best of the given starts, or of random ones, on the first text."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bitatlas.solvers.level_switch import LevelSwitch
-from bitatlas.solvers.searcher import Searcher, State
+from bitatlas.solvers.searcher import Reading, Searcher, State
 
 __all__ = ["Nsga2Search", "ranked"]
 
@@ -27,6 +27,13 @@ class Nsga2Search(Searcher):
     SETTINGS: ClassVar[Mapping[str, Any]] = {
         "steps": 40, "population": 32, "tokens": 4096, "judge_tokens": 8192, "floor": 0.7,
     }  # fmt: skip
+
+    @classmethod
+    def readings(cls, settings: Mapping[str, Any], starts: int, step: int) -> tuple[Reading, ...]:
+        """See `Searcher.readings`."""
+        people = max(2, settings["population"], starts + 1)
+        judged = Reading(settings["judge_tokens"], 2 if step else 1)
+        return Reading(settings["tokens"], people), judged
 
     def begin(self) -> State:
         """The given starts and random allocations at budgets in between."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bitatlas.solvers.refine import Refine
-from bitatlas.solvers.searcher import State, solve_costs
+from bitatlas.solvers.searcher import Reading, State, solve_costs
 
 __all__ = ["PathDescent"]
 
@@ -43,6 +43,19 @@ class PathDescent(Refine):
         "steps": 12, "above": 0.17, "stages": 4, "tokens": 2048, "parts": 4, "few_tokens": 1024, "judge_tokens": 3072,
         "offspring": 8, "spread": 1.0, "prior": 0.5, "patience": 2, "groups": "none", "z": 0.7,
     }  # fmt: skip
+
+    @classmethod
+    def readings(cls, settings: Mapping[str, Any], starts: int, step: int) -> tuple[Reading, ...]:
+        """See `Searcher.readings`."""
+        few, judge = settings["few_tokens"], settings["judge_tokens"]
+        if step == 0:
+            return Reading(few, starts + 1), Reading(judge, min(starts + 1, 3))
+        stages, parts = max(1, settings["stages"]), max(2, settings["parts"])
+        if step <= stages:
+            walked = (Reading(settings["tokens"], backward=True), Reading(few, len(_LENGTHS)))
+            return (*walked, Reading(judge, 2)) if step == stages else walked
+        slopes = [Reading(max(1, settings["tokens"] // parts), backward=True)] * parts
+        return *slopes, Reading(few, max(1, settings["offspring"])), Reading(judge, 3)
 
     def begin(self) -> State:
         """The best of the feasible starts, and the exact solution of the table at the larger budget."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from bitatlas.analysis.schema import UserError
 from bitatlas.solvers.sac import Episodes, Sac
-from bitatlas.solvers.searcher import Searcher, State, solve_costs
+from bitatlas.solvers.searcher import Reading, Searcher, State, solve_costs
 
 __all__ = ["Ramp"]
 
@@ -46,6 +46,13 @@ class Ramp(Searcher):
         "steps": 20, "episodes": 16, "tokens": 512, "judge_tokens": 2048, "updates": 32, "batch": 2048, "hidden": 32, "lr": 3e-3,
         "blur": 0.5, "over": 10.0, "under": 1.0, "cliff": 1.0,
     }  # fmt: skip
+
+    @classmethod
+    def readings(cls, settings: Mapping[str, Any], starts: int, step: int) -> tuple[Reading, ...]:
+        """See `Searcher.readings`."""
+        if step == 0:
+            return (Reading(settings["judge_tokens"], 1 + starts),)
+        return Reading(settings["tokens"], max(1, settings["episodes"])), Reading(settings["judge_tokens"], 2)
 
     def proposal(self) -> np.ndarray:
         """(U,) the allocation of the given (or untrained) policy without noise; nothing is measured.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bitatlas.solvers.random_best import random_choice
-from bitatlas.solvers.searcher import Searcher, State
+from bitatlas.solvers.searcher import Reading, Searcher, State
 
 __all__ = ["RandomSearch"]
 
@@ -20,6 +20,13 @@ class RandomSearch(Searcher):
     TITLE: ClassVar[str] = "Random search, measured"
     SOURCE: ClassVar[str] = "baseline; Li & Talwalkar 2019, random search and reproducibility"
     SETTINGS: ClassVar[Mapping[str, Any]] = {"steps": 16, "samples": 16, "tokens": 2048, "final_tokens": 8192}
+
+    @classmethod
+    def readings(cls, settings: Mapping[str, Any], starts: int, step: int) -> tuple[Reading, ...]:
+        """See `Searcher.readings`."""
+        if step == 0:
+            return (Reading(settings["tokens"], max(1, starts)),)
+        return Reading(settings["tokens"], max(1, settings["samples"])), Reading(settings["final_tokens"], 2)
 
     def begin(self) -> State:
         """The given starts, or one random allocation."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bitatlas.analysis.schema import UserError
-from bitatlas.solvers.searcher import Searcher, State, solve_costs
+from bitatlas.solvers.searcher import Reading, Searcher, State, solve_costs
 
 __all__ = ["Manifold", "Rco"]
 
@@ -91,6 +91,16 @@ class Rco(Searcher):
         "steps": 200, "samples": 4, "tokens": 2048, "lr": 0.1, "tau_min": 0.01, "gradient": "model", "init": "damage",
         "judge_every": 25, "judge_tokens": 8192,
     }  # fmt: skip
+
+    @classmethod
+    def readings(cls, settings: Mapping[str, Any], starts: int, step: int) -> tuple[Reading, ...]:
+        """See `Searcher.readings`."""
+        if step == 0:
+            return (Reading(settings["judge_tokens"], 1 + starts),)
+        by_model = settings["gradient"] == "model"
+        out = [Reading(settings["tokens"], backward=True)] * (max(1, settings["samples"]) if by_model else 0)
+        judges = step % max(1, settings["judge_every"]) == 0 or step == settings["steps"]
+        return (*out, Reading(settings["judge_tokens"], 3)) if judges else tuple(out)
 
     def begin(self) -> State:
         """Logits from the damages (or flat), on the manifold; the first vertex measured."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from bitatlas.analysis.schema import Scores
 from bitatlas.solvers.level_switch import LevelSwitch
-from bitatlas.solvers.searcher import Searcher, State, solve_costs
+from bitatlas.solvers.searcher import Reading, Searcher, State, solve_costs
 
 __all__ = ["Refine"]
 
@@ -43,6 +43,15 @@ class Refine(Searcher):
         "steps": 10, "tokens": 4096, "few_tokens": 1024, "judge_tokens": 8192, "z": 1.0, "offspring": 12, "patience": 1,
         "groups": "none",
     }  # fmt: skip
+
+    @classmethod
+    def readings(cls, settings: Mapping[str, Any], starts: int, step: int) -> tuple[Reading, ...]:
+        """See `Searcher.readings`."""
+        few, judge = settings["few_tokens"], settings["judge_tokens"]
+        if step == 0:
+            return Reading(few, starts + 6), Reading(judge, 3)
+        rivals = max(len(_LENGTHS), settings["offspring"])
+        return Reading(settings["tokens"], backward=True), Reading(few, rivals), Reading(judge, 2)
 
     def begin(self) -> State:
         """The best of the given starts and of solutions with shrunk and rescaled damages; see `_starts`."""

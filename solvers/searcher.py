@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -19,10 +19,22 @@ from bitatlas.solvers.infeasible import check_feasible
 from bitatlas.solvers.mckp import Mckp
 from bitatlas.solvers.problem import Problem
 
-__all__ = ["Searcher", "State", "solve_costs"]
+__all__ = ["Reading", "Searcher", "State", "solve_costs"]
 
 State = dict[str, np.ndarray]
 """At least ``choice`` (U,) int64, the best so far, ``kl`` (), its last measured KL, and ``done`` () bool."""
+
+
+class Reading(NamedTuple):
+    """One call of the objective: ``candidates`` read a text of ``tokens``; ``backward``: for slopes."""
+
+    tokens: int
+    candidates: int = 1
+    backward: bool = False
+
+    def most(self, pool: int) -> int:
+        """Forward-equivalent tokens at most, the original model's own pass included, from a text of ``pool`` tokens."""
+        return max(1, min(self.tokens, pool)) * (self.candidates + 1 + 2 * self.backward)
 
 
 class Searcher(ABC):
@@ -106,6 +118,20 @@ class Searcher(ABC):
             if not ok:
                 raise wrong
         return out
+
+    @classmethod
+    def readings(cls, settings: Mapping[str, Any], starts: int, step: int) -> tuple[Reading, ...]:
+        """What a step (0 = `begin`) asks of the model at most, by settings as `checked` returns them; () = cannot be told."""
+        return ()
+
+    @classmethod
+    def most_tokens(cls, settings: Mapping[str, Any], starts: int, pool: int) -> int | None:
+        """Forward-equivalent tokens of a whole search at most, with ``starts`` to begin from and a text of ``pool`` tokens.
+
+        None where nobody can tell.
+        """
+        steps = [cls.readings(settings, starts, number) for number in range(int(settings["steps"]) + 1)]
+        return sum(r.most(pool) for step in steps for r in step) if any(steps) else None
 
     @property
     def steps(self) -> int:

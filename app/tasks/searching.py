@@ -20,7 +20,7 @@ from bitatlas.cache.store import Store
 from bitatlas.solvers import Problem, get_searcher
 from bitatlas.solvers.infeasible import check_feasible
 
-__all__ = ["search", "search_candidates", "search_problem", "search_run", "submit_search"]
+__all__ = ["search", "search_candidates", "search_problem", "search_run", "search_tokens", "submit_search"]
 
 PRECISIONS = ("float32", "bfloat16")
 Named = str | Path | Allocation
@@ -29,7 +29,7 @@ Named = str | Path | Allocation
 def submit_search(
     model: str | Path,
     *,
-    solver: str = "evopress",
+    solver: str = "path",
     metric: str | None = None,
     budget: Budget | None = None,
     bits: float | None = None,
@@ -163,6 +163,19 @@ def search(
     if output is not None:
         write_output(output, found.to_json().encode())
     return found
+
+
+def search_tokens(
+    solver: str = "path", *, tokens: int = 65536, steps: int | None = None, settings: Mapping[str, Any] | None = None, starts: int = 0
+) -> int | None:  # fmt: skip
+    """Forward-equivalent tokens that a search takes at most; None where the search cannot tell. The names are `submit_search`'s.
+
+    Raises:
+        UserError: no such search, or settings that it does not have.
+    """
+    kind = get_searcher(solver)
+    chosen = kind.checked(dict(settings or {}) | ({} if steps is None else {"steps": steps}))
+    return kind.most_tokens(chosen, starts, tokens)
 
 
 def search_candidates(job: str) -> list[dict[str, Any]]:

@@ -174,7 +174,7 @@ def solve(
     model: str | Path,
     *,
     metric: str = "",
-    solver: str = "mckp",
+    solver: str = "",
     bits: float | None = None,
     bytes_: str | int | None = None,
     fit: str | int | None = None,
@@ -197,13 +197,14 @@ def solve(
 ) -> Allocation:
     """The best allocation that a solver finds within a budget; stored, and written to ``output`` when named.
 
+    ``solver``: by default `mckp`; `ilp` where further limits hold, `hull` where only groups are limited.
     ``metric``: a measured damage; by default ``fisher_anchored``, ``fisher_scaled`` or ``fisher``, the first that was measured, or
     what the solver is published with. `threshold` also takes metrics that do not depend on the format, such as ``lim`` and ``zd``.
     ``kv``: K and V of every layer get formats too, under the same ``fit`` budget; ``kv_bits`` gives all layers the same,
     ``kv_plan`` each its own (`app.kv_plan`).
     Further limits hold beside the bytes (`app.side_budgets`): ``latency_ms`` of one decoding step of ``batch`` sequences by the
-    kernel table of this machine, ``bops`` per token (in 10^9), ``active_bytes`` read per step. The default solver then is `ilp`.
-    ``experts``: limits on groups of experts (default solver `hull`), floors for rare ones, ties among them (`app.expert_rules`).
+    kernel table of this machine, ``bops`` per token (in 10^9), ``active_bytes`` read per step.
+    ``experts``: limits on groups of experts, floors for rare ones, ties among them (`app.expert_rules`).
 
     Raises:
         UserError: not measured, impossible budget (names the smallest possible one), a pin that matches nothing.
@@ -220,8 +221,7 @@ def solve(
             "further limits are for the weights alone", found="--kv as well", fix="leave out --kv"
         )
     rules = experts or ExpertRules()
-    if solver == "mckp" and (asked or rules.limits):
-        solver = "ilp" if asked else "hull"
+    solver = solver or ("ilp" if asked else "hull" if rules.limits else "mckp")
     algorithm = get_solver(solver)
     store, index, metric, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm

@@ -80,3 +80,16 @@ def test_a_file_that_the_user_named_is_not_the_data_folder(tmp_path: Path, name:
         write_output(tmp_path / name, b"x")  # an absolute name stays as it is
     assert "BITATLAS_HOME" not in str(caught.value)
     assert [f.name for f in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_context_without_a_cache_to_share_memory_with_is_refused(index) -> None:
+    with pytest.raises(UserError, match="context length counts only"):
+        solving.solve("m", metric="fisher_projection", bits=3.5, context=4096)
+
+
+def test_a_solver_that_was_named_is_not_replaced(index) -> None:
+    asked = {"metric": "fisher_projection", "bits": 4.0, "active_bytes": "1GB"}
+    assert solving.solve("m", **asked).solver == "ilp"
+    with pytest.raises(UserError, match="mckp knows one budget only"):
+        solving.solve("m", solver="mckp", **asked)
+    assert solving.solve("m", metric="fisher_projection", bits=4.0).solver == "mckp"

@@ -157,6 +157,17 @@ def test_ties(world):
         expert_ties(index, "all")
 
 
+def test_rules_for_experts_are_not_ignored_on_a_dense_model(dense):
+    assert expert_ties(dense.index, "free") == ()
+    with pytest.raises(UserError, match="no experts that could share"):
+        expert_ties(dense.index, "layer")
+    problem = tasks.build_problem(
+        dense.index, dense.tables["fisher_projection"], ("int2-g64", "int4-g64"), 1 << 40, {}
+    )
+    with pytest.raises(UserError, match="no experts that could be rare"):
+        under_rules(problem, dense.index, dense.tables, ExpertRules(floor="int4-g64"), "fisher_projection")
+
+
 @pytest.mark.parametrize(("rules", "words"), [
     (ExpertRules(limits=("q1=3",)), "need a way to group"),
     (ExpertRules("frequency:4", ("q9=3",)), "no group of experts called 'q9'"),

@@ -57,6 +57,7 @@ def params(case: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Parameters of a search as the job gets them: through JSON."""
     options = {
         "bits": 4.0,
+        "solver": "evopress",
         "formats": FORMATS,
         "calibration": case["text"],
         "tokens": 192,
@@ -90,6 +91,23 @@ def test_every_candidate_is_a_row(case: dict[str, Any], evolved: dict[str, Any])
         assert work.problem.payload(choice) == row.payload_bytes
     assert max(r.extra["forward_equivalents"] for r in rows) == result["forward_equivalents"]
     assert result["forward_tokens"] == (3 + 1) * 48 + 2 * ((4 + 1) * 48 + (3 + 1) * 96)
+
+
+def test_the_tokens_told_beforehand_are_those_that_were_spent(case: dict[str, Any], evolved: dict[str, Any]):
+    told = searching.search_tokens("evopress", tokens=192, steps=2, settings=SMALL)
+    assert told == evolved["result"]["forward_equivalents"]
+    # The published schedule, read with a pool that holds its longest text.
+    assert (
+        searching.search_tokens("evopress", tokens=1 << 20, steps=1)
+        == 33 * 2048 + 129 * 2048 + 17 * 16384 + 6 * 131072
+    )
+
+
+def test_path_is_the_default(case: dict[str, Any]):
+    searching.submit_search(
+        case["model"], metric="weight_error", bits=3.5, formats=FORMATS, calibration=case["text"], tokens=192
+    )
+    assert case["kept"][-1]["solver"] == "path"
 
 
 def test_candidates_can_be_followed_while_it_runs(evolved: dict[str, Any], monkeypatch: pytest.MonkeyPatch):

@@ -107,6 +107,32 @@ class SearcherConformance:
         assert objective.kl(state["choice"]) < self.GAIN * np.median([objective.kl(c) for c in drawn])
         assert float(state["kl"]) == pytest.approx(objective.kl(state["choice"]), rel=0.5)
 
+    @pytest.mark.parametrize("starts", [0, 2])
+    def test_the_tokens_told_beforehand_are_enough_and_not_far_off(self, kind, starts):
+        from bitatlas.solvers.random_best import random_choice
+
+        problem, rng = search_problem(), np.random.default_rng(4)
+        drawn = [problem.classes.expand(random_choice(problem, rng)) for _ in range(starts)]
+        given = np.array(drawn) if starts else None
+        search = self.make(kind, problem, start=given)
+        told, pool = [kind.readings(search.settings, starts, n) for n in range(search.steps + 1)], 1 << 30
+        if not any(told):
+            pytest.skip("cannot tell")
+        state, spent = search.begin(), [search.objective.spent.forward_equivalents]
+        for number in range(1, search.steps + 1):
+            if bool(state["done"]):
+                break
+            state = search.step(state, number)
+            spent.append(search.objective.spent.forward_equivalents)
+        # The pretended model does not count the original's own pass.
+        most = [sum(r.most(pool) - min(r.tokens, pool) for r in step) for step in told]
+        each = np.diff([0, *spent])
+        assert all(s <= m for s, m in zip(each.tolist(), most))
+        assert spent[-1] >= 0.3 * sum(most[: len(each)])
+        assert kind.most_tokens(search.settings, starts, 64) <= kind.most_tokens(
+            search.settings, starts, pool
+        )
+
     def test_interrupted_is_the_same(self, kind):
         problem = search_problem()
         whole = self.make(kind, problem, seed=3)
