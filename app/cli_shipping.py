@@ -21,7 +21,7 @@ def export(
     model: Annotated[str | None, typer.Option(help="Only when the store does not know the model.")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="The finished checkpoint, not the config alone.")] = False,
     quantizer: Annotated[str, typer.Option(help="With --weights: how codes are chosen: rtn, mse, gptq, awq.")] = "rtn",
-    calibration: Annotated[str | None, typer.Option(help="Text for the quantizer, or for llama.cpp's imatrix.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Text for the quantizer, llama.cpp's imatrix or GPTQModel.")] = None,
     tokens: int = 16384, seq_len: int = 512, json_output: Json = False,
 ) -> None:  # fmt: skip
     """Write what an engine needs, and the command to run."""

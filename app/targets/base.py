@@ -100,6 +100,7 @@ class Target(ABC):
     SERVES: ClassVar[str]  # who reads the files, in words
     KV_ENGINE: ClassVar[str] = "transformers"  # whose KV cache it is (`targets.kv`)
     TAKES_TEXT: ClassVar[bool] = False  # a calibration text becomes files (`write_text_files`)
+    NEEDS_TEXT: ClassVar[bool] = False  # without them its command cannot run
 
     # -- what it loads ------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
@@ -21,6 +22,7 @@ from bitatlas.app.targets.names import alternatives, experts_path, stacked_on_di
 __all__ = ["GptqModel"]
 
 _BITS = (2, 3, 4, 8)
+_TOKENS = "calibration.json"
 _WORD = 32  # both dimensions are packed in 32-bit words somewhere
 _FUSED = {"q": "qkv_proj", "k": "qkv_proj", "v": "qkv_proj", "gate": "gate_up_proj", "up": "gate_up_proj",
           "shared_gate": "gate_up_proj", "shared_up": "gate_up_proj"}  # fmt: skip
@@ -32,6 +34,7 @@ class GptqModel(Target):
     NAME = "gptqmodel"
     TITLE = "GPTQModel"
     SERVES = "GPTQModel, vLLM and SGLang"
+    TAKES_TEXT = NEEDS_TEXT = True
 
     def loads(self, fmt: Format) -> bool:
         """The classic widths 2, 3, 4 and 8; zero points are always written."""
@@ -71,7 +74,8 @@ class GptqModel(Target):
         )
 
     def notes(self, allocation: Allocation, index: ModelIndex) -> Iterable[str]:
-        """Kernels and readers."""
+        """The text, kernels and readers."""
+        yield f"the command reads {_TOKENS}, which --calibration TEXT writes beside it"
         fmts = {FORMATS[f] for f in allocation.formats.values()}
         if any(f.kind == "int" and (f.bits not in (4, 8) or not f.symmetric) for f in fmts):
             yield "vLLM's fast kernel (Marlin) takes 4 and 8 bits, symmetric; the rest runs on slow ones, and not in MoE"
@@ -128,9 +132,22 @@ class GptqModel(Target):
         }
 
     def command(self, allocation: Allocation, index: ModelIndex) -> str:
-        """Quantise with a calibration text."""
+        """Quantise with the calibration tokens."""
         out = shlex.quote(f"{index.name}-gptq")
-        return f"python quantize.py {shlex.quote(index.path)} calibration.txt {out}"
+        return f"python quantize.py {shlex.quote(index.path)} {_TOKENS} {out}"
+
+    def write_text_files(
+        self, index: ModelIndex, text: Path, tokens: int, seq_len: int, out: Path
+    ) -> list[Path]:
+        """The sequences that `pack --quantizer gptq` would read, as token ids: a row each."""
+        from bitatlas.analysis.calibration import load_tokenizer, make_calibration
+        from bitatlas.cache.paths import atomic_write
+
+        tokenizer = load_tokenizer(index.path)
+        found = make_calibration(tokenizer, text, tokens, seq_len, vocab_size=index.vocab_size)
+        rows = ",\n".join(json.dumps(row) for row in found.tokens.tolist())
+        atomic_write(out / _TOKENS, f"[{rows}]\n".encode(), named=True)
+        return [out / _TOKENS]
 
 
 def _leaves(path: str, units: list[QuantUnit]) -> list[str]:
@@ -144,18 +161,22 @@ def _override(fmt: Format, base: Format) -> dict[str, Any]:
     return out if fmt.symmetric == base.symmetric else {**out, "sym": fmt.symmetric}
 
 
-_SCRIPT = '''"""Quantise with GPTQModel: python quantize.py MODEL TEXT OUT"""
+_SCRIPT = '''"""Quantise with GPTQModel: python quantize.py MODEL TOKENS OUT; TOKENS is a JSON list of token sequences."""
 import json
 import sys
 
+source, tokens, out = sys.argv[1:4]
+try:
+    with open(tokens) as f:
+        rows = json.load(f)
+except FileNotFoundError:
+    sys.exit(f"there is no {tokens}: run `bitatlas export` again with --calibration TEXT")
+
 from gptqmodel import GPTQModel, QuantizeConfig
 
-source, text, out = sys.argv[1:4]
 with open("quantize_config.json") as f:
     config = QuantizeConfig(**json.load(f))
-with open(text, encoding="utf-8") as f:
-    samples = [line for line in f if len(line) > 200][:256]
 model = GPTQModel.load(source, config)
-model.quantize(samples, batch_size=1)
+model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=1)
 model.save(out)
 '''

@@ -172,7 +172,7 @@ def export(
     """Write the files of a target and say which command to run; with ``weights`` the finished checkpoint instead.
 
     ``calibration`` (with ``tokens``, ``seq_len``) is the text of a ``quantizer`` that reads one; without ``weights``
-    it adds what the engine's own tools would make of a text, such as llama.cpp's imatrix.
+    it adds what the engine's own tools take of a text: llama.cpp's imatrix, GPTQModel's token sequences.
 
     Raises:
         UserError: the engine rejects the allocation (for weights: does not serve it), its container is not one that
@@ -211,7 +211,8 @@ def export(
     if calibration is not None and not engine.TAKES_TEXT:
         raise UserError(f"{target} makes nothing of a calibration text", found=str(calibration),
                         fix="leave --calibration out, or add --weights --quantizer mse")  # fmt: skip
-    text = _file(calibration_file(index.path, calibration)) if calibration is not None else None
+    asked = calibration is not None or engine.NEEDS_TEXT  # the demo brings its own
+    text = _file(calibration_file(index.path, calibration)) if asked else None
     files = engine.render(plan, index)
     with _all_or_none(folder) as staging:
         if text is not None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bitatlas.analysis.calibration import load_tokenizer, make_calibration
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError, parse_format
 from bitatlas.app import tasks
@@ -138,3 +142,55 @@ def test_an_imatrix_stands_beside_the_files(export: Export, text: Path, tmp_path
 def test_a_file_is_no_folder(export: Export, text: Path) -> None:
     with pytest.raises(UserError, match="the output is a file"):
         export("mlx", out=text.name)
+
+
+GPTQMODEL = """
+import json
+class QuantizeConfig:
+    def __init__(self, **options): self.options = options
+class GPTQModel:
+    @staticmethod
+    def load(source, config): return GPTQModel()
+    def quantize(self, samples, batch_size): self.samples = samples
+    def save(self, out): json.dump(self.samples, open(out, "w"))
+"""
+
+
+def run_command(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """A command as run.sh has it, with this interpreter and a GPTQModel that only takes down what it is given."""
+    (folder / "gptqmodel.py").write_text(GPTQMODEL)
+    words = [sys.executable, *shlex.split(command)[1:]]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_gptqmodel_gets_the_tokens_that_pack_reads(
+    export: Export, model: Path, text: Path, tmp_path: Path
+) -> None:
+    done = export("gptqmodel", calibration=text, **TEXT)
+    assert str(tmp_path / "out" / "calibration.json") in done["files"]
+    ran = run_command(tmp_path / "out", done["command"])
+    assert ran.returncode == 0, ran.stderr
+    samples = json.loads((tmp_path / "out" / shlex.split(done["command"])[-1]).read_text())
+    want = make_calibration(load_tokenizer(model), text, **TEXT).tokens
+    assert [s["input_ids"] for s in samples] == want.tolist()
+    assert all(s["attention_mask"] == [1] * 32 for s in samples)
+
+
+def test_gptqmodel_without_a_text_says_so(export: Export, tmp_path: Path) -> None:
+    done = export("gptqmodel")
+    assert not (tmp_path / "out" / "calibration.json").exists()
+    assert any("--calibration" in n for n in done["notes"])
+    ran = run_command(tmp_path / "out", done["command"])
+    assert ran.returncode == 1
+    assert "--calibration TEXT" in ran.stderr
+
+
+def test_the_demo_brings_its_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
+    index = index_model(tasks.demo_path())
+    tasks.export(
+        allocate(index, "int4-g32-sym"), "gptqmodel", tmp_path / "out", model=str(tasks.demo_path()),
+        tokens=4096, seq_len=256,
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert [len(r) for r in rows] == [256] * 16
