@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from bitatlas.analysis.context_length import check_length
 from bitatlas.analysis.schema import UserError
 from bitatlas.app import state
 from bitatlas.app.studies import Study
@@ -60,17 +61,21 @@ def _request(study: Study) -> views.RunRequest:
         symmetric = st.toggle(
             "Symmetric", key="symmetric", bind="query-params", help="No zero points are stored."
         )
-    text, tokens, length = "", 8192, 128
+    text, tokens, length, documents = "", 8192, 128, False
     reads_text = any(table[n]["needs"] != "weights" for n in names)
     if reads_text:
-        text = st.text_input("Calibration text", key="calibration", bind="query-params", placeholder="a text or JSONL file on this machine",
-                             help="The demo model brings its own text; leave empty then.")  # fmt: skip
-    with st.container(horizontal=True):
+        text = st.text_input("Calibration text", key="calibration", bind="query-params", placeholder="a text or JSONL file, self, or datasets:NAME",
+                             help="The demo model brings its own text; leave empty then. `self` is text sampled from the model, `datasets:NAME` a data set of the library that is on this machine.")  # fmt: skip
+    with st.container(horizontal=True, vertical_alignment="bottom"):
         if reads_text:
             tokens = st.number_input("Tokens", 256, 10_000_000, tokens, 1024, key="tokens", bind="query-params", width=150)  # fmt: skip
             length = st.number_input("Tokens a sequence", 16, 8192, length, 16, key="seq_len", bind="query-params", width=150)  # fmt: skip
+            documents = st.toggle("A document each", key="per_document", bind="query-params", help="Every sequence starts at a document's beginning; otherwise one stream of text is cut.")  # fmt: skip
         seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="seed", bind="query-params", width=110)
-    return views.RunRequest(tuple(names), tuple(bits or ()), str(group), bool(symmetric), text or "", int(tokens), int(length), int(seed))  # fmt: skip
+    known = sorted({pair.partition("=")[0] for n in names for pair in table[n]["settings"].split()})
+    options = st.text_input("Options", key="options", bind="query-params", placeholder="NAME=VALUE NAME=VALUE",
+                            help=f"Of the metrics chosen: {', '.join(known) or 'none'}.")  # fmt: skip
+    return views.RunRequest(tuple(names), tuple(bits or ()), str(group), bool(symmetric), text or "", int(tokens), int(length), int(seed), bool(documents), options or "")  # fmt: skip
 
 
 @st.cache_resource(show_spinner="Loading the metrics; the first time takes some seconds")
@@ -94,6 +99,10 @@ def _choose_all(path: str) -> None:
 def _estimate(study: Study, request: views.RunRequest) -> tuple[list[dict[str, object]], UserError | None]:
     try:
         request.check()
+        if any(_metrics()[n]["needs"] != "weights" for n in request.metrics):
+            note = check_length(study.index, request.seq_len)
+            if note:
+                st.caption(f":material/info: {note}.")
         return _cost(study.index.path, study.index.digest, request), None
     except UserError as e:
         return [], e
@@ -104,8 +113,9 @@ def _cost(path: str, digest: str, request: views.RunRequest) -> list[dict[str, o
     from bitatlas.app import tasks
 
     return tasks.estimate(
-        path, request.metrics, formats=request.formats, tokens=request.tokens, seq_len=request.seq_len
-    )
+        path, request.metrics, formats=request.formats, tokens=request.tokens, seq_len=request.seq_len,
+        settings=tasks.parse_settings(request.pairs),
+    )  # fmt: skip
 
 
 def _start(study: Study, request: views.RunRequest, estimate: list[dict[str, object]], problem: UserError | None) -> None:  # fmt: skip
@@ -145,18 +155,25 @@ def _submit(path: str, request: views.RunRequest) -> None:
     from bitatlas.app import tasks
 
     try:
-        text = tasks.confine(request.calibration) if request.calibration else None
+        text = tasks.confine_text(request.calibration) if request.calibration else None
         job = tasks.submit_measure(
             path, request.metrics, formats=request.formats, calibration=text, tokens=request.tokens,
-            seq_len=request.seq_len, seed=request.seed,
+            seq_len=request.seq_len, seed=request.seed, settings=tasks.parse_settings(request.pairs), text_mode=request.text_mode,
         )  # fmt: skip
         state.set_job(job)
     except UserError as e:
         st.session_state[_PROBLEM] = e
 
 
+def _pairs(r: views.RunRequest) -> tuple[str, ...]:
+    try:
+        return r.pairs
+    except UserError:
+        return ()  # the form says what is wrong with them
+
+
 def _line(study: Study, r: views.RunRequest) -> str:
     return command(
         "measure", study.index.path, metric=",".join(r.metrics), formats=r.pattern, calibration=r.calibration,
-        tokens=r.tokens, seq_len=r.seq_len, seed=r.seed,
+        tokens=r.tokens, seq_len=r.seq_len, seed=r.seed, text_mode=r.text_mode if r.per_document else "", set=_pairs(r),
     )  # fmt: skip

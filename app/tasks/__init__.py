@@ -19,7 +19,7 @@ from bitatlas.app.tasks.measuring import (
     parse_settings,
     submit_measure,
 )
-from bitatlas.app.tasks.models import confine, open_index, register, scan
+from bitatlas.app.tasks.models import confine, confine_text, open_index, register, scan
 from bitatlas.app.tasks.refining import refine, submit_refine
 from bitatlas.app.tasks.repairing import repair
 from bitatlas.app.tasks.searching import search, search_candidates, search_tokens, submit_search
@@ -45,6 +45,7 @@ __all__ = [
     "check",
     "compare",
     "confine",
+    "confine_text",
     "demo",
     "demo_path",
     "describe_allocation",

@@ -10,12 +10,12 @@ __all__ = ["formats", "metrics", "quantizers", "solvers", "targets"]
 
 
 def metrics() -> list[dict[str, Any]]:
-    """Every metric: name, title, unit, what it needs, whether it adds up, what it emits, source."""
+    """Every metric: name, title, unit, what it needs, whether it adds up, what it emits, options with their defaults, source."""
     from bitatlas.analysis.metrics import METRICS
 
     return [
         {"name": m.NAME, "title": m.TITLE, "unit": m.UNIT, "needs": m.NEEDS, "additive": m.ADDITIVE,
-         "per_format": m.PER_FORMAT, "emits": list(m.EMITS), "source": m.SOURCE}
+         "per_format": m.PER_FORMAT, "emits": list(m.EMITS), "settings": " ".join(f"{k}={_short(v)}" for k, v in m.SETTINGS.items()), "source": m.SOURCE}
         for m in METRICS.values()
     ]  # fmt: skip
 

@@ -295,17 +295,22 @@ def estimate(
     formats: str | Iterable[str] = "int{2,3,4,5,6,8}-g64",
     tokens: int = 8192,
     seq_len: int = 128,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """What a measurement would take, metric by metric; nothing is loaded.
 
     For ``all``, metrics that do not apply come last, with the reason as ``skipped`` and no seconds.
+
+    Raises:
+        UserError: the model, or options that no metric takes.
     """
     from bitatlas.analysis import cost as costs
     from bitatlas.analysis.measure import MeasureContext
-    from bitatlas.analysis.metrics import get_metric
+    from bitatlas.analysis.metrics import METRICS, get_metric
+    from bitatlas.analysis.metrics.settings import check_settings
 
     index = register(model)
-    ctx = MeasureContext(index, expand_formats(formats), tokens=tokens, seq_len=seq_len)
+    ctx = MeasureContext(index, expand_formats(formats), settings=settings, tokens=tokens, seq_len=seq_len)
     every = _named(metric) == _ALL
     names = metric_names(metric)
     skipped: dict[str, str] = {}
@@ -313,6 +318,7 @@ def estimate(
         names, skipped = applicable_metrics(
             model, formats=formats, tokens=tokens, seq_len=seq_len, needs_text=False
         )
+    check_settings((METRICS[n] for n in names), settings or {})
     rows = []
     for name in names:
         cost = costs.estimate(get_metric(name), ctx)

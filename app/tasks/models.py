@@ -12,7 +12,7 @@ from bitatlas.analysis.schema import FORMATS, ModelIndex, UserError
 from bitatlas.cache.paths import Home
 from bitatlas.cache.store import Store
 
-__all__ = ["confine", "fit_length", "locate", "model_roots", "open_index", "register", "scan"]
+__all__ = ["confine", "confine_text", "fit_length", "locate", "model_roots", "open_index", "register", "scan"]
 
 log = logging.getLogger("bitatlas")
 
@@ -41,6 +41,25 @@ def confine(path: str | Path) -> Path:
             fix=f"start with BITATLAS_MODEL_ROOTS={real.parent} bitatlas serve; roots now: {', '.join(map(str, roots))}",
         )
     return real
+
+
+def confine_text(named: str) -> str | Path:
+    """A calibration text that a browser named: ``self`` and ``datasets:NAME`` as they are, a file's real path.
+
+    Raises:
+        UserError: a file, or a local folder instead of a data set's name, outside the model roots.
+    """
+    if named == "self" and not Path(named).exists():
+        return named
+    name = named.removeprefix("datasets:").partition(":")[0]
+    # The library would also open a folder of that name, which is not the browser's to choose.
+    if (
+        named.startswith("datasets:")
+        and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*){0,2}", name)
+        and not Path(name).exists()
+    ):
+        return named
+    return confine(named)
 
 
 def locate(model: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,11 @@ GROUPS = ["32", "64", "128", "channel"]
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """What the form says; ``calibration`` is a path or "" for the model's own text."""
+    """What the form says.
+
+    ``calibration`` is a path, ``self``, ``datasets:NAME``, or "" for the model's own text; ``options`` is NAME=VALUE pairs
+    between spaces, quoted where a value holds one.
+    """
 
     metrics: tuple[str, ...]
     bits: tuple[str, ...]
@@ -27,6 +32,26 @@ class RunRequest:
     tokens: int
     seq_len: int
     seed: int
+    per_document: bool = False
+    options: str = ""
+
+    @property
+    def text_mode(self) -> str:
+        """``document``: every sequence begins with a document; ``packed``: one stream is cut."""
+        return "document" if self.per_document else "packed"
+
+    @property
+    def pairs(self) -> tuple[str, ...]:
+        """The options one by one.
+
+        Raises:
+            UserError: a quotation that does not end.
+        """
+        try:
+            return tuple(shlex.split(self.options))
+        except ValueError as e:
+            raise UserError("the options cannot be read", found=f"{self.options!r}: {e}",
+                            fix="draws=4 dtype=bfloat16") from None  # fmt: skip
 
     @property
     def _tail(self) -> str:
@@ -54,6 +79,7 @@ class RunRequest:
         if self.seq_len > self.tokens:
             raise UserError("a sequence is longer than all tokens together", found=f"{self.seq_len} of {self.tokens}",
                             fix="more tokens, or shorter sequences")  # fmt: skip
+        self.pairs  # noqa: B018 - unreadable ones say so
 
 
 @dataclass(frozen=True, slots=True)

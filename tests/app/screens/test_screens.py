@@ -124,7 +124,7 @@ def test_changing_the_study_forgets_the_selection(filled):
 
 
 @pytest.mark.slow  # the first use of the metrics loads torch and transformers
-def test_run_estimates_before_it_starts(filled, home, tiny_checkpoint):
+def test_run_estimates_before_it_starts(filled, home, tiny_checkpoint, monkeypatch):
     from bitatlas.app import tasks
 
     index = tasks.register(tiny_checkpoint("llama"))
@@ -137,6 +137,28 @@ def test_run_estimates_before_it_starts(filled, home, tiny_checkpoint):
     assert "fisher_projection" in chosen
     assert "routing" not in chosen
     assert "takes about" in heading(at)
+    at.text_input(key="options").set_value("draws=abc").run()
+    assert any("draws" in e.value and "whole number" in e.value for e in at.error)
+    at.text_input(key="options").set_value("draws=1").run()
+    asked = []
+    monkeypatch.setattr(
+        tasks, "submit_measure", lambda path, metrics, **options: asked.append(options) or "job"
+    )
+    for named in ("self", "datasets:wiki/raw:test", "/etc/passwd", "datasets:../secret"):
+        at.text_input(key="calibration").set_value(named).run()
+        at.toggle(key="per_document").set_value(True).run()
+        at.button(key="start" if any(b.key == "start" for b in at.button) else "ask").click().run()
+        if any(b.key == "start_long" for b in at.button):
+            at.button(key="start_long").click().run()
+    assert [o["calibration"] for o in asked] == ["self", "datasets:wiki/raw:test"]
+    assert asked[0]["settings"] == {"draws": 1}
+    assert asked[0]["text_mode"] == "document"
+    assert any("outside the model roots" in e.value for e in at.error)
+    line = next(c.value for c in at.code if "bitatlas measure" in c.value)
+    assert "--text-mode document" in line
+    assert "--set draws=1" in line
+    at.number_input(key="seq_len").set_value(512).run()
+    assert any("256 positions" in c.value for c in at.caption)
     at.multiselect(key="metrics").set_value([]).run()
     assert any("no metric is chosen" in e.value.lower() for e in at.error)
 

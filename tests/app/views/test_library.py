@@ -60,6 +60,15 @@ def test_an_incomplete_form_says_so(changes):
         _request(**changes).check()
 
 
+def test_options_of_the_form():
+    assert _request().pairs == ()
+    request = _request(options='draws=4 answer_marker="<|im_start|> x"', per_document=True)
+    assert request.pairs == ("draws=4", "answer_marker=<|im_start|> x")
+    assert request.text_mode == "document"
+    with pytest.raises(UserError, match="options"):
+        _request(options='draws="4').check()
+
+
 def test_cost_in_words():
     rows = [{"metric": "a", "steps": 3, "bytes_read": 2**21, "forward_tokens": 100, "backward_tokens": 50, "seconds": 70.0},
             {"metric": "b", "steps": 1, "bytes_read": 0, "forward_tokens": 0, "backward_tokens": 0, "seconds": 20.0}]  # fmt: skip
