@@ -77,16 +77,20 @@ def _scan(data: dict[str, Any]) -> None:
 
 
 def _allocation(data: dict[str, Any]) -> None:
+    on = "on the real model" if data["searched"] else f"on {data['metric']}"
     print(
-        f"{data['bits_per_weight']:.3f} bits per weight, {format_bytes(data['weights_bytes'])} ({data['status']}, {data['solver']} on {data['metric']})"
+        f"{data['bits_per_weight']:.3f} bits per weight, {format_bytes(data['weights_bytes'])} ({data['status']}, {data['solver']} {on})"
     )
     if data.get("target"):
         print(
             f"in {data['target']}: {data['engine_bits']:.3f} bits per weight, {format_bytes(data['engine_bytes'])} ({data['engine_bytes']} bytes)"
         )
-    print(
-        f"predicted damage {data['predicted']:.4g}; gap to the lower bound {_cell(data['gap']) or 'unknown'}"
-    )
+    if data["searched"]:
+        print(f"measured KL {data['predicted']:.4g} nats per token on the search's text")
+    else:
+        print(
+            f"predicted damage {data['predicted']:.4g}; gap to the lower bound {_cell(data['gap']) or 'unknown'}"
+        )
     for name, count in data["histogram"].items():
         print(f"  {name:<16} {count['units']:>6} units  {count['share']:.1%} of the units")
     if data.get("kv"):

@@ -6,6 +6,7 @@ effective (scales and zeros counted). Budgets are bytes.
 
 from bitatlas.analysis.schema.allocation import (
     ALLOCATION_SCHEMA,
+    MEASURED_KL,
     Allocation,
     Budget,
     Frontier,
@@ -44,6 +45,7 @@ __all__ = [
     "KL_DAMAGES",
     "KV_DAMAGES",
     "KV_FORMATS",
+    "MEASURED_KL",
     "NO_FORMAT",
     "SMALL_MATTERS",
     "SOLVE_BY_DEFAULT",

@@ -16,9 +16,11 @@ from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import parse_format
 from bitatlas.kernels.kv.formats import KvLayout, KvPair, parse_kv_format
 
-__all__ = ["ALLOCATION_SCHEMA", "Allocation", "Budget", "Frontier", "null_nan", "resolve_pins"]
+__all__ = ["ALLOCATION_SCHEMA", "MEASURED_KL", "Allocation", "Budget", "Frontier", "null_nan", "resolve_pins"]
 
 ALLOCATION_SCHEMA = "bitatlas/allocation/1"
+MEASURED_KL = "kl"
+"""Metric of what a search on the real model leaves: ``predicted`` is the KL that it measured on its own text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Allocation:
         formats: unit key -> format name, every unit present.
         payload_bytes: exact bytes of the units; kept_bytes: of the tensors left alone.
         bits_per_weight: effective, over the units.
-        predicted: predicted damage (sum of the metric), NaN when the metric predicts none.
+        predicted: predicted damage (sum of the metric), NaN when the metric predicts none; see `MEASURED_KL`.
         metric, solver, status: how it was found; status is one of `solvers.base.STATUSES`.
         lower_bound, gap: of the certificate; NaN when there is none.
         budget: as asked for.
@@ -88,6 +90,11 @@ class Allocation:
     def weights_bytes(self) -> int:
         """Units plus kept tensors."""
         return self.payload_bytes + self.kept_bytes
+
+    @property
+    def searched(self) -> bool:
+        """Whether ``predicted`` is a KL measured by a search; its files once named the damage that it used as their metric."""
+        return self.metric == MEASURED_KL or not {"search", "refined"}.isdisjoint(self.provenance.settings)
 
     @property
     def kv_plan(self) -> dict[int, KvPair]:

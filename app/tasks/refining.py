@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitatlas.analysis.schema import Allocation, Budget, UserError
+from bitatlas.analysis.schema import Allocation, Budget, KvLayout, UserError
 from bitatlas.app.tasks.jobs import submit_and_wait
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.searching import submit_search
@@ -51,10 +51,16 @@ def submit_refine(
     if settings.get("side"):
         raise UserError("refining keeps to the bytes only", found=f"also limited: {settings['side']}",
                         fix="refine one solved without further limits")  # fmt: skip
+    if plan.kv and (plan.kv_block, plan.kv_residual) != (KvLayout().block, KvLayout().residual):
+        window = {"kv_block": plan.kv_block, "kv_residual": plan.kv_residual}
+    else:
+        window = {}
+    # Files from before a joint budget said which of its two metrics is the weights'.
+    metric = str(settings.get("metric") or plan.metric.partition("+")[0])
     half = max(tokens // 2, 1)
     budget = plan.budget or Budget(plan.weights_bytes)
     return submit_search(
-        index.path, solver="refine", metric=settings.get("metric", plan.metric), run=str(run), budget=replace(budget), kv=plan.kv,
+        index.path, solver="refine", metric=metric, run=str(run), budget=replace(budget), kv=plan.kv, kv_layout=window,
         formats=tuple(formats), pins=plan.pins, target=settings.get("target") or None, calibration=calibration, tokens=tokens, seq_len=seq_len, steps=rounds, seed=seed,
         settings={"tokens": half, "judge_tokens": half, "few_tokens": max(half // 4, 1)}, start=[plan], label=f"{plan.solver}+refine",
     )  # fmt: skip

@@ -40,6 +40,7 @@ def submit_search(
     kv_bits: float = 16,
     kv_plan: str = "",
     kv: Mapping[int, tuple[str, str]] | None = None,
+    kv_layout: Mapping[str, int] | None = None,
     reserve: str | int = "256MiB",
     formats: str | tuple[str, ...] = "int{2,3,4,5,6,8}-g64",
     pins: list[str] | Mapping[str, str] | None = None,
@@ -60,7 +61,8 @@ def submit_search(
 
     Args:
         metric: a measured one, for searches that need damages; by default the one that `solve` would take.
-        budget: as it is, with the cache formats ``kv`` of each layer; or one of bits, bytes_ and fit, the last with the cache
+        budget: as it is, with the cache formats ``kv`` of each layer and, where it is not the usual one, the 16-bit window
+            ``kv_layout`` (kv_block, kv_residual); or one of bits, bytes_ and fit, the last with the cache
             at ``kv_bits`` or by ``kv_plan`` (`app.kv_plan`), as in `solve`.
         tokens: the pool of calibration text; minibatches are drawn from it.
         steps: generations (rounds, steps, ...) after the first; None = the search's own default.
@@ -123,7 +125,7 @@ def submit_search(
         "precision": precision, "kv": {str(i): list(pair) for i, pair in (kv or {}).items()},
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in checked.items()},
         "policy": str(Path(policy).resolve()) if policy else "", "policy_sha": file_digest(Path(policy)) if policy else "",
-    }  # fmt: skip
+    } | ({"kv_layout": dict(kv_layout)} if kv_layout else {})  # fmt: skip
     check_feasible(search_problem(params, index, Home.default()))  # now rather than in the job
     return submit("search", params, f"{kind.TITLE} on {index.name}, {budget.label or 'as given'}")
 

@@ -235,7 +235,7 @@ def solve(
         allocation = solve_joint(
             index, problem, cache, total_bytes=parse_bytes(fit), reserve_bytes=reserve_bytes(reserve), context=context,
             batch=batch, solver=solver, seed=seed,
-            provenance=_provenance(index, table, names, solver, limits, seed, kv_run=cache.run, **(rules.settings() if rules else {})),
+            provenance=_provenance(index, table, names, solver, limits, seed, metric=metric, kv_run=cache.run, **(rules.settings() if rules else {})),
         )  # fmt: skip
     else:
         same = cache_pairs(index, kv_bits, kv_plan)
@@ -369,6 +369,7 @@ def describe_allocation(allocation: Allocation, file: str | Path | None = None) 
         "weights_bytes": allocation.weights_bytes,
         **_in_engine(allocation),
         "predicted": allocation.predicted,
+        "searched": allocation.searched,
         "lower_bound": allocation.lower_bound,
         "gap": allocation.gap,
         "budget": allocation.budget.label if allocation.budget else "",

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bitatlas.analysis.schema import MEASURED_KL
 from bitatlas.cache.plans import PlanInfo
+from bitatlas.solvers import SEARCHERS
 
 __all__ = ["AnswersView", "VerifiedRow", "VerifyView", "build_answers", "build_verify"]
 
@@ -38,7 +40,7 @@ class VerifiedRow:
 
     @property
     def ratio(self) -> float:
-        """Predicted / measured; NaN when the metric does not predict a KL."""
+        """Predicted / measured; NaN when nothing predicted a KL, as where a search measured its own."""
         return self.predicted / self.kl_mean if self.predicts_kl and self.kl_mean > 0 else float("nan")
 
 
@@ -112,7 +114,7 @@ def build_verify(
             continue
         rows[key] = VerifiedRow(
             allocation=key[0],
-            label=f"{allocation.solver} on {allocation.metric}" if allocation.metric else allocation.solver,
+            label=_label(allocation),
             metric=allocation.metric,
             bits_per_weight=allocation.bits_per_weight,
             weights_bytes=allocation.weights_bytes,
@@ -128,13 +130,26 @@ def build_verify(
             tokens=int(v["tokens"]),
             text=key[1],
             # A prediction is for rounding to nearest unless its metric was measured otherwise.
-            predicts_kl=allocation.metric in kl_metrics and math.isfinite(allocation.predicted),
+            predicts_kl=allocation.metric in kl_metrics
+            and not _searched(allocation)
+            and math.isfinite(allocation.predicted),
             quantizer=quantizer,
             packed=packed,
         )
     ordered = tuple(sorted(rows.values(), key=lambda r: (r.weights_bytes, r.kl_mean)))
     floor = max((r.floor for r in ordered), default=0.0)
     return VerifyView(_title(ordered), _detail(ordered), ordered, floor)
+
+
+def _searched(allocation: PlanInfo) -> bool:
+    """Whether ``predicted`` is what a search measured; older ones bear the damage that the search used as their metric."""
+    return allocation.metric == MEASURED_KL or allocation.solver.rpartition("+")[2] in SEARCHERS
+
+
+def _label(allocation: PlanInfo) -> str:
+    if _searched(allocation) or not allocation.metric:
+        return allocation.solver
+    return f"{allocation.solver} on {allocation.metric}"
 
 
 def _title(rows: tuple[VerifiedRow, ...]) -> str:

@@ -16,6 +16,7 @@ from bitatlas.analysis.calibration import load_tokenizer, make_calibration
 from bitatlas.analysis.evaluator import Evaluator
 from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.schema import (
+    MEASURED_KL,
     Allocation,
     Budget,
     Frontier,
@@ -143,16 +144,16 @@ class SearchWork(Work):
             "computed_tokens": float(last["spent"][2]), "evaluations": int(last["spent"][3]), "from": list(p["start"]),
             "settings": p["settings"], "candidates": self._run_id,
         }  # fmt: skip
-        settings = {"run": p["run"], "formats": list(p["formats"]), "solver": p["solver"], "target": p["target"],
+        settings = {"run": p["run"], "metric": p["metric"], "formats": list(p["formats"]), "solver": p["solver"], "target": p["target"],
                     "refined" if p["solver"] == "refine" else "search": told}  # fmt: skip
         found = Allocation(
             model_digest=self.index.digest, model_name=self.index.name,
             formats={u: self.problem.formats[j] for u, j in zip(self.problem.units, choice.tolist())},
             payload_bytes=proof.payload_bytes, kept_bytes=self.index.kept_bytes,
-            bits_per_weight=proof.payload_bytes * 8 / self.index.params, predicted=kl, metric=p["metric"] or "kl",
+            bits_per_weight=proof.payload_bytes * 8 / self.index.params, predicted=kl, metric=MEASURED_KL,
             solver=p["label"], status="feasible", budget=Budget(**p["budget"]), pins=dict(self.problem.pins),
             provenance=Provenance(model_digest=self.index.digest, model_name=self.index.name, seed=p["seed"], settings=settings),
-            kv={int(i): (k, v) for i, (k, v) in p.get("kv", {}).items()},
+            kv={int(i): (k, v) for i, (k, v) in p.get("kv", {}).items()}, **p.get("kv_layout", {}),
         )  # fmt: skip
         found = in_own_bytes(found, self.index)
         key = store.put_allocation(found)
@@ -183,7 +184,7 @@ class SearchWork(Work):
                 best.append(point)
         return Frontier(
             self.problem.units, self.problem.formats, np.array([b[0] for b in best]), np.array([b[1] for b in best]),
-            np.array([b[2] for b in best], np.uint8), "kl", self.params["solver"],
+            np.array([b[2] for b in best], np.uint8), MEASURED_KL, self.params["solver"],
         )  # fmt: skip
 
     def _save_policy(self, policy: dict[str, np.ndarray]) -> Path:

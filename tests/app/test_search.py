@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bitatlas.analysis.schema import DamageRow, KvLayout, UserError
+from bitatlas.analysis.schema import Allocation, DamageRow, KvLayout, UserError, kv_unit
+from bitatlas.app.cli_io import emit
 from bitatlas.app.kv_plan import kv_pairs
 from bitatlas.app.tasks import searching
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.refining import submit_refine
-from bitatlas.app.tasks.solving import solve
+from bitatlas.app.tasks.solving import describe_allocation, solve
 from bitatlas.app.work.recorder import packed_choice, unpacked_choice
 from bitatlas.app.work.search import SearchWork
 from bitatlas.cache.paths import Home
@@ -120,12 +124,22 @@ def test_candidates_can_be_followed_while_it_runs(evolved: dict[str, Any], monke
     assert {row["step"] for row in found} == {0, 1, 2}
 
 
+def printed(described: dict[str, Any]) -> str:
+    with io.StringIO() as out, contextlib.redirect_stdout(out):
+        emit(described, False, "allocation")
+        return out.getvalue()
+
+
 def test_what_it_leaves(case: dict[str, Any], evolved: dict[str, Any]):
     store, result = Store(Home.default()), evolved["result"]
     allocation = store.allocation(result["allocation"])
     allocation.check_model(case["index"])
     assert allocation.solver == "evopress"
     assert allocation.predicted == result["kl"] > 0
+    assert (allocation.metric, allocation.searched) == ("kl", True)
+    words = printed(describe_allocation(allocation))
+    assert f"measured KL {result['kl']:.4g} nats per token on the search's text" in words
+    assert "predicted" not in words
     assert (
         allocation.weights_bytes
         <= evolved["params"]["limit_bytes"] + case["index"].kept_bytes
@@ -164,8 +178,16 @@ def test_refining_starts_from_the_plan_and_uses_its_budget(case: dict[str, Any])
     assert result["kl"] <= result["kl_before"]
     assert result["backward_tokens"] > 0
     # Refining what was refined is possible: what it was measured by is still known.
+    assert (refined.metric, refined.provenance.settings["metric"]) == ("kl", "weight_error")
     submit_refine(case["model"], refined, calibration=case["text"], tokens=192, seq_len=24, rounds=1)
-    assert case["kept"][-1]["run"] == p["run"]
+    assert (case["kept"][-1]["run"], case["kept"][-1]["metric"]) == (p["run"], "weight_error")
+    # As it was before a search said that its KL is measured.
+    older = replace(refined, metric="weight_error", provenance=replace(refined.provenance, settings={
+        k: v for k, v in refined.provenance.settings.items() if k != "metric"}))  # fmt: skip
+    older = Allocation.from_json(older.to_json())
+    assert older.searched
+    submit_refine(case["model"], older, calibration=case["text"], tokens=192, seq_len=24, rounds=1)
+    assert case["kept"][-1]["metric"] == "weight_error"
 
 
 def test_a_search_fits_weights_and_cache_into_a_memory(case: dict[str, Any]):
@@ -189,6 +211,43 @@ def test_refining_keeps_the_cache_of_the_plan(case: dict[str, Any]):
     submit_refine(case["model"], plan, calibration=case["text"], tokens=192, seq_len=24, rounds=0)
     result = finished(SearchWork(json.loads(json.dumps(case["kept"][-1])), Home.default()))
     assert Store(Home.default()).allocation(result["allocation"]).kv == plan.kv != {}
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_refining_a_plan_of_weights_and_cache(case: dict[str, Any], old: bool):
+    index, store = case["index"], Store(Home.default())
+    layout = KvLayout(32, 0)
+    rows = [
+        DamageRow("kv_output", kv_unit(layer), f"kv{k}-channel/kv{v}-token", 4.0**-k + 4.0**-v, count=1)
+        for layer in index.kv.layers for k in (2, 4, 8) for v in (2, 4, 8)
+    ]  # fmt: skip
+    if "kv-run" not in [r.run for r in store.runs(index.digest)]:
+        store.begin_run(
+            "kv-run", index.digest, "kv_output", settings={"kv_block": 32, "kv_residual": 0}, formats=("kv2",)
+        )
+        store.write_step("kv-run", "all", rows)
+        store.finish_run("kv-run")
+    wide = solve(case["model"], metric="weight_error", bits=4.0, formats=FORMATS).weights_bytes
+    plan = solve(
+        case["model"],
+        metric="weight_error",
+        fit=wide + 28_000,
+        context=512,
+        reserve=0,
+        kv=True,
+        formats=FORMATS,
+    )
+    assert (plan.metric, plan.kv_layout) == ("weight_error+kv_output", layout)
+    assert plan.kv
+    if old:
+        kept = {k: v for k, v in plan.provenance.settings.items() if k != "metric"}
+        plan = replace(plan, provenance=replace(plan.provenance, settings=kept))
+    submit_refine(case["model"], plan, calibration=case["text"], tokens=192, seq_len=24, rounds=0)
+    assert case["kept"][-1]["metric"] == "weight_error"
+    result = finished(SearchWork(json.loads(json.dumps(case["kept"][-1])), Home.default()))
+    refined = store.allocation(result["allocation"])
+    assert (refined.kv, refined.kv_layout) == (plan.kv, layout)
+    assert refined.weights_bytes + plan.budget.kv_bytes <= wide + 28_000
 
 
 def test_a_policy_is_a_file_that_another_search_applies_unchanged(case: dict[str, Any]):
