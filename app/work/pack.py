@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bitatlas.analysis.measure import WHOLE
 from bitatlas.analysis.memory import give_back, keep_pages
 from bitatlas.analysis.schema import Allocation, ModelIndex, QuantUnit
+from bitatlas.app.work.pack_memory import check_memory, needed_memory, statistics_limit
 from bitatlas.app.work.pack_plan import as_begun, plan_packing
 from bitatlas.kernels.errors import UserError
 
@@ -94,13 +95,20 @@ class Packer:
 
     @cached_property
     def writer(self) -> Any:
-        """The writer; opening it claims the folder."""
+        """The writer; opening it claims the folder.
+
+        Raises:
+            UserError: the folder is in use, the disk is too small, or the memory for a quantiser that sees inputs.
+        """
+        from bitatlas.kernels.packed.manifest import MANIFEST
         from bitatlas.kernels.packed.writer import PackedWriter
 
         source = Path(self.index.path)
         if not (source / "config.json").is_file():
             raise UserError("there is no config.json beside the weights", found=str(source),
                             fix="a GGUF file has to be imported first")  # fmt: skip
+        if self._with_inputs and not (self.out / MANIFEST).is_file():
+            check_memory(self.manifest.quantizer, needed_memory(self._reader, self._rounded()))
         return PackedWriter(self.out, self.manifest, source, {"allocation.json": self.allocation.to_json()})
 
     @cached_property
@@ -188,9 +196,13 @@ class Packer:
         from bitatlas.analysis.input_stats import InputSource
 
         assert self._calibration is not None
-        # A quarter of what the model itself takes; a pass goes no further than its units, so small batches are cheap.
-        limit = min(max(self.index.params, 1 << 26), 1 << 28)
-        return InputSource(self._loaded, self._calibration.tokens, units, limit)
+        # A pass goes no further than its units, so small batches are cheap.
+        return InputSource(self._loaded, self._calibration.tokens, units, statistics_limit(self.index))
+
+    def _rounded(self) -> list[QuantUnit]:
+        """Units that get codes, in the order in which they are written."""
+        units = sorted((u for u in self.manifest.units if u.fmt.kind != "float"), key=lambda u: u.shard)
+        return [self._units[u.key] for u in units]
 
     @cached_property
     def _unit_quantizer(self) -> UnitQuantizer:
@@ -200,11 +212,7 @@ class Packer:
         if not self._with_inputs:
             return UnitQuantizer(self.manifest.quantizer)
         folding = self._folding  # has a source of its own, gone when this one begins
-        rounded = [u for u in self.manifest.units if u.fmt.kind != "float"]
-        in_turn = sorted(rounded, key=lambda u: u.shard)
-        return UnitQuantizer(
-            self.manifest.quantizer, self._source([self._units[u.key] for u in in_turn]), folding
-        )
+        return UnitQuantizer(self.manifest.quantizer, self._source(self._rounded()), folding)
 
     @cached_property
     def _folding(self) -> Folding:
