@@ -184,10 +184,14 @@ def _answers(data: dict[str, Any]) -> None:
     if "answers" not in data:
         _pairs(data)
         return
-    for row in data["answers"]:
-        print(f"> {row['prompt']}\n  original: {row['original']}\n  packed:   {row['packed']}")
-    print(f"{sum(not r['same'] for r in data['answers'])} of {len(data['answers'])} answers differ, "
-          f"{data['changed_refusals']} refusals changed")  # fmt: skip
+    from bitatlas.app.views.verify import build_answers
+
+    view = build_answers(data)
+    for row in view.rows:
+        print(
+            f"> {row['prompt']}  [{row['change']}]\n  original: {row['original']}\n  packed:   {row['packed']}"
+        )
+    print(f"{view.title}\n{view.detail}")
 
 
 def spoken_lines(stream: TextIO, quiet: bool = False) -> Iterator[str]:

@@ -12,7 +12,7 @@ import pytest
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import Allocation
 from bitatlas.app import tasks
-from bitatlas.app.cli_io import spoken_lines
+from bitatlas.app.cli_io import emit, spoken_lines
 from bitatlas.app.jobs.work import load_work
 from bitatlas.app.talker import Talker
 from bitatlas.app.tasks import verifying
@@ -132,7 +132,7 @@ def test_answers_side_by_side(
         tasks.submit_answers(model, packed, [" "])
 
 
-def test_changed_refusals_come_first() -> None:
+def test_changed_refusals_come_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert refuses("I\u2019m sorry, but I cannot help with that.")
     assert not refuses("Mix flour and water. If it is dry I cannot say why.")
     assert not refuses("Certainly! I'm sorry to hear that.")
@@ -145,9 +145,21 @@ def test_changed_refusals_come_first() -> None:
         "packed_refuses": False,
     }
     tail = [{"kl_mean": 0.1, "kl_p99": 2.5, "flips": 0.25}]
-    view = build_answers(
-        {"answers": [row | {"original_refuses": False}, row], "changed_refusals": 1, "tail": tail}
-    )
-    assert [r["change"] for r in view.rows] == ["no longer refuses", "differs"]
+    told = row | {"prompt": "q", "original_refuses": False}
+    same = told | {"prompt": "r", "packed": "a", "same": True}
+    result = {"answers": [same, told, row], "changed_refusals": 1, "tail": tail}
+    view = build_answers(result)
+    assert [r["change"] for r in view.rows] == ["no longer refuses", "differs", "same"]
     assert "2.5 nats" in view.detail
     assert "25.0%" in view.detail
+    # The command line prints the same view.
+    emit(result, False, "answers")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(">")] == [
+        "> p  [no longer refuses]",
+        "> q  [differs]",
+        "> r  [same]",
+    ]
+    assert lines[-2:] == [view.title, view.detail]
+    emit({"id": "j", "state": "queued"}, False, "answers")  # --detach: no answers yet
+    assert "queued" in capsys.readouterr().out
