@@ -5,13 +5,13 @@ from __future__ import annotations
 from bitatlas.analysis.schema import Format, QuantUnit
 
 __all__ = [
-    "ARCHITECTURES", "BLOCKS", "MAKEABLE", "WRITTEN", "exact_type", "fallback", "ggml_type", "gguf_name", "tensor_bytes", "type_of",
+    "ARCHITECTURES", "BLOCKS", "MAKEABLE", "WRITTEN", "exact_type", "fallback", "ggml_type", "gguf_name", "has_type", "tensor_bytes", "type_of",
 ]  # fmt: skip
 
 BLOCKS: dict[str, tuple[int, int]] = {
     "q2_k": (256, 84), "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
     "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34),
-    "f16": (1, 2), "bf16": (1, 2), "f32": (1, 4),
+    "mxfp4": (32, 17), "f16": (1, 2), "bf16": (1, 2), "f32": (1, 4),
 }  # fmt: skip
 """Type -> (weights in a block, bytes of a block)."""
 
@@ -20,7 +20,7 @@ _K_QUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
 # Groups of 32 are what the older types have; q4_1 and q5_1 store a minimum, as asymmetric formats do.
 _GROUP_32 = {(4, True): "q4_0", (4, False): "q4_1", (5, True): "q5_0", (5, False): "q5_1"}
 
-MAKEABLE = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32")
+MAKEABLE = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", "f16", "bf16", "f32")
 """Types that the gguf package can make; k-quants need llama-quantize."""
 
 WRITTEN = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
@@ -44,8 +44,15 @@ _ROLES = {
 }  # fmt: skip
 
 
+def has_type(fmt: Format) -> bool:
+    """Whether some ggml type stands for the format: integers, 16 bits and MXFP4; no other table, no outliers."""
+    return fmt.kind in ("int", "float") or fmt.scale == "e8m0"
+
+
 def type_of(fmt: Format) -> str:
-    """The ggml type that stands for a format: same bits, the nearest block."""
+    """The ggml type that stands for a format, or would (`has_type`): same bits, the nearest block."""
+    if fmt.scale == "e8m0":
+        return "mxfp4"
     if fmt.kind == "float":
         return "bf16" if fmt.name == "bf16" else "f16"
     if fmt.group_size == 32:
@@ -68,10 +75,12 @@ def ggml_type(fmt: Format, cols: int) -> str:
 
 def exact_type(fmt: Format) -> str:
     """The type with the very grid of ``fmt`` (q4_1 and q5_1 but for the minimum's rounding); "" when there is none."""
-    if fmt.kind == "float":
+    if fmt.kind == "float" or fmt.scale == "e8m0":
         return type_of(fmt)
-    same = fmt.group_size == 32 and (
-        (fmt.bits, fmt.symmetric) in _GROUP_32 or (fmt.bits == 8 and fmt.symmetric)
+    same = (
+        has_type(fmt)
+        and fmt.group_size == 32
+        and ((fmt.bits, fmt.symmetric) in _GROUP_32 or (fmt.bits == 8 and fmt.symmetric))
     )
     return type_of(fmt) if same else ""
 

@@ -26,6 +26,7 @@ from bitatlas.app.targets.ggml import (
     fallback,
     ggml_type,
     gguf_name,
+    has_type,
     tensor_bytes,
     type_of,
 )
@@ -51,12 +52,12 @@ class LlamaCpp(Target):
     TAKES_TEXT = True
 
     def loads(self, fmt: Format) -> bool:
-        """Every format has a ggml type of the same bits."""
-        return not self.ours(fmt)
+        """Every integer format has a ggml type of the same bits; MXFP4 is one itself."""
+        return has_type(fmt)
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """Only what the GGUF of this architecture has no tensor for."""
-        if self.ours(fmt):
+        if not has_type(fmt):
             return Finding(REJECTED, f"{self.NAME} has no {fmt.name}", (unit.key,))
         if index.model_type not in ARCHITECTURES:
             return Finding(REJECTED, f"llama.cpp does not know {index.model_type}", (unit.key,))
@@ -116,7 +117,7 @@ class LlamaCpp(Target):
         ):
             yield (
                 "ggml rounds some of these formats in its own way: damage was measured for the formats of the allocation; "
-                "int{4,5,8}-g32-sym, int{4,5}-g32 and bf16 are its very grids"
+                "int{4,5,8}-g32-sym, int{4,5}-g32, mxfp4 and bf16 are its very grids"
             )
         if index.model_type == "mixtral":
             yield "llama.cpp only: transformers reads the GGUF of a Mixtral as a dense Llama, without a word"

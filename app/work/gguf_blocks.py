@@ -1,6 +1,7 @@
 """Codes as ggml blocks: the formats in groups of 32 are the same grids as ggml's older types, so nothing is rounded twice.
 
-q4_0, q5_0 and q8_0 are exactly our symmetric formats (d = scale, the middle code is zero). q4_1 and q5_1 store
+q4_0, q5_0 and q8_0 are exactly our symmetric formats (d = scale, the middle code is zero), mxfp4 is ours byte for byte
+(its table is doubled and its scale halved). q4_1 and q5_1 store
 m = -zero * scale as float16, which moves a weight by less than 1/128 of a step. Everything else that the gguf package
 can make is left to its own rounding.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from bitatlas.app.targets.ggml import exact_type
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.reference import Quantized
 
@@ -24,15 +26,11 @@ def blocks_of(q: Quantized) -> np.ndarray:
     """
     codes, scales = q.codes.cpu().numpy(), q.scales.cpu().numpy()
     fmt, (rows, cols) = q.format, q.codes.shape
-    if (
-        fmt.group_size != 32
-        or fmt.bits not in (4, 5, 8)
-        or cols % 32
-        or (fmt.bits == 8 and not fmt.symmetric)
-    ):
+    if not exact_type(fmt) or fmt.kind == "float" or cols % 32:
         raise ValueError(f"{fmt.name} with {cols} columns has no ggml type of the same grid")
     blocks = codes.reshape(-1, 32)
-    parts: list[np.ndarray] = [scales.astype("<f2").reshape(-1, 1).view(np.uint8)]
+    d = scales if fmt.scale == "e8m0" else scales.astype("<f2")
+    parts: list[np.ndarray] = [d.reshape(-1, 1).view(np.uint8)]
     if q.zeros is not None:
         zero = q.zeros.cpu().numpy().astype(np.float32).reshape(-1, 1)
         with np.errstate(over="ignore"):  # said below

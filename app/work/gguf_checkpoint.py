@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_gguf", "write_gguf"]
 
-_FILE_TYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "f16": 1, "bf16": 32}
+_FILE_TYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "mxfp4": 38, "f16": 1, "bf16": 32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def check_gguf(index: ModelIndex, allocation: Allocation, quantizer: str = "rtn"
         name, kind = next(iter(stuck.items()))
         raise UserError(
             f"the gguf package cannot make {kind}", found=f"{len(stuck)} tensors, such as {name}",
-            fix="solve with --formats int{4,5,8}-g32-sym,int{4,5}-g32 --target llama.cpp, or run the command of the "
+            fix="solve with --formats int{4,5,8}-g32-sym,int{4,5}-g32,mxfp4 --target llama.cpp, or run the command of the "
             "export without --weights",
         )  # fmt: skip
     own = [u.key for u in index.units if not _same_grid(FORMATS[allocation.formats[u.key]], u.cols)]
@@ -73,7 +73,7 @@ def check_gguf(index: ModelIndex, allocation: Allocation, quantizer: str = "rtn"
         raise UserError(
             f"{quantizer} does not count where the gguf package rounds by itself",
             found=f"{len(own)} units, such as {own[0]} in {allocation.formats[own[0]]}",
-            fix="solve with --formats int{4,5,8}-g32-sym,int{4,5}-g32 --target llama.cpp, or --quantizer rtn",
+            fix="solve with --formats int{4,5,8}-g32-sym,int{4,5}-g32,mxfp4 --target llama.cpp, or --quantizer rtn",
         )  # fmt: skip
 
 

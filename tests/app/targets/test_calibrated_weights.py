@@ -107,8 +107,8 @@ def test_mlx(family: str, quantizer: str, tiny_checkpoint, allocate, tmp_path: P
 def test_gguf(quantizer: str, tiny_checkpoint, allocate, tmp_path: Path) -> None:
     """bfloat16, a MoE: GGUF keeps routers and norms in float32, so that awq's fit. q4_1's minimum is a float16."""
     index = index_model(tiny_checkpoint("qwen3_moe", dtype="bfloat16", **MOE))
-    palette, stacks = ["int4-g32-sym", "int8-g32-sym", "int4-g32", "int5-g32-sym"], {}
-    formats = {u.key: stacks.setdefault(gguf_name(u), palette[len(stacks) % 4]) for u in index.units}
+    palette, stacks = ["int4-g32-sym", "int8-g32-sym", "int4-g32", "mxfp4", "int5-g32-sym"], {}
+    formats = {u.key: stacks.setdefault(gguf_name(u), palette[len(stacks) % 5]) for u in index.units}
     plan = allocate(index, formats)
     [file] = TARGETS["llama.cpp"].write_weights(plan, index, tmp_path, quantizer=quantizer, calibration=TEXT)
     want = packed(index, plan, tmp_path / "packed", quantizer)

@@ -90,8 +90,8 @@ def test_llama_cpp_computes_our_logits(
     family: str, tiny_checkpoint, allocate, tmp_path: Path, client: Callable[..., str]
 ) -> None:
     index = index_model(tiny_checkpoint(family, **wide(family)))
-    palette = ["int4-g32-sym", "int5-g32", "int8-g32-sym", "int4-g32", "bf16", "int5-g32-sym"]
-    formats = {u.key: palette[i % 6] for i, u in enumerate(index.units)}
+    palette = ["int4-g32-sym", "int5-g32", "int8-g32-sym", "mxfp4", "int4-g32", "bf16", "int5-g32-sym"]
+    formats = {u.key: palette[i % 7] for i, u in enumerate(index.units)}
     target, plan = TARGETS["llama.cpp"], allocate(index, formats)
     assert target.check(plan, index).status == SERVABLE
     [file] = target.write_weights(plan, index, tmp_path)

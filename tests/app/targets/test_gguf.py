@@ -22,7 +22,7 @@ from bitatlas.app.work.imatrix import write_imatrix
 from bitatlas.kernels.reference import dequantize, quantize, quantize_dequantize
 
 TARGET = TARGETS["llama.cpp"]
-EXACT = ("int4-g32-sym", "int5-g32-sym", "int8-g32-sym", "int4-g32", "int5-g32")
+EXACT = ("int4-g32-sym", "int5-g32-sym", "int8-g32-sym", "int4-g32", "int5-g32", "mxfp4")
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -38,6 +38,18 @@ def test_blocks_decode_to_our_weights(name: str) -> None:
         step = q.scales.float().repeat_interleave(32, 1)
         assert ((got - want).abs() <= step / 128 + 1e-9).all()
         assert not torch.equal(got, want)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 2.0**-126, 1.0, 1e30])
+def test_mxfp4_is_also_what_the_gguf_package_reads_and_makes(scale: float) -> None:
+    """Also where its scale is at the ends of the byte."""
+    w = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)) * scale
+    q = quantize(w, FORMATS["mxfp4"])
+    kind = gguf.GGMLQuantizationType.MXFP4
+    assert np.array_equal(gguf.quants.dequantize(blocks_of(q), kind), dequantize(q).numpy())
+    if 1e-20 < scale < 1e20:  # elsewhere its own rounding over- or underflows
+        theirs = gguf.quants.dequantize(ggml_round(w, "mxfp4"), kind)
+        assert np.array_equal(theirs, dequantize(q).numpy())
 
 
 @pytest.mark.parametrize("name", ["int3-g32", "int8-g32", "int4-g64-sym", "int6-g32-sym"])
@@ -69,7 +81,7 @@ def plan_of(index, allocate):
     """Every tensor another type: the exact ones, bf16, and one that the gguf package rounds itself."""
     palette, stacks = [*EXACT, "bf16", "int8-g32"], {}
     return allocate(
-        index, {u.key: stacks.setdefault(gguf_name(u), palette[len(stacks) % 7]) for u in index.units}
+        index, {u.key: stacks.setdefault(gguf_name(u), palette[len(stacks) % 8]) for u in index.units}
     )
 
 

@@ -6,8 +6,9 @@ import gguf
 import pytest
 
 from bitatlas.analysis.model_index import index_model
-from bitatlas.app.targets import SERVABLE, TARGETS
-from bitatlas.app.targets.ggml import ARCHITECTURES, BLOCKS, fallback, gguf_name, tensor_bytes
+from bitatlas.analysis.schema import FORMATS
+from bitatlas.app.targets import REJECTED, SERVABLE, TARGETS
+from bitatlas.app.targets.ggml import ARCHITECTURES, BLOCKS, exact_type, fallback, gguf_name, tensor_bytes
 
 TARGET = TARGETS["llama.cpp"]
 KNOWN = ("llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe",
@@ -101,3 +102,22 @@ def test_rows_that_are_no_whole_blocks_are_said(tiny_checkpoint, allocate) -> No
     index = index_model(tiny_checkpoint("llama"))
     verdict = TARGET.check(allocate(index, "int4-g64"), index)
     assert any("fall back" in n for n in verdict.notes)
+
+
+def test_mxfp4_is_a_type_and_other_tables_are_none(make_index, allocate) -> None:
+    index = make_index("llama", layers=1)
+    verdict = TARGET.check(allocate(index, "mxfp4"), index)
+    assert verdict.status == SERVABLE
+    assert (
+        "^blk\\.0\\.attn_q\\.weight$=mxfp4"
+        in TARGET.render(allocate(index, "mxfp4"), index)["tensor-types.txt"]
+    )
+    q = next(u for u in index.units if u.role == "q")
+    assert (
+        TARGET.unit_bytes(q, FORMATS["mxfp4"])
+        == q.params // 32 * 17
+        == FORMATS["mxfp4"].payload_bytes(q.rows, q.cols)
+    )
+    for name in ("nf4-g32", "fp4-g32", "fp8-channel", "int3-g64-o1"):
+        assert TARGET.check(allocate(index, name), index).status == REJECTED
+        assert exact_type(FORMATS[name]) == ""
