@@ -9,11 +9,13 @@ retract   a <- a + t * bytes, t by bisection, as C falls and rises with t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from bitatlas.analysis.schema import UserError
+from bitatlas.solvers.front_cache import fill
 from bitatlas.solvers.searcher import Reading, Searcher, State, solve_costs
 
 __all__ = ["Manifold", "Rco"]
@@ -79,7 +81,8 @@ class Rco(Searcher):
     ``<grad_W KL, W_option - W_chosen>`` at the chosen vertex, one backward pass for all of them. With ``surrogate`` it is
     the table's damage instead, and the real model judges only. ``steps`` steps of ``samples`` draws on
     ``tokens`` each; the temperature falls exponentially from 1 to ``tau_min``. The rounded solution and the best vertices
-    meet at the end of every ``judge_every`` steps on ``judge_tokens``.
+    meet at the end of every ``judge_every`` steps on ``judge_tokens``. The likeliest formats need not take all bytes: what
+    the knapsack leaves is spent by single steps before anything is judged, as the published rounding asks for the exact budget.
     """
 
     NAME: ClassVar[str] = "rco"
@@ -117,7 +120,7 @@ class Rco(Searcher):
             a = -np.log(np.where(c.allowed, np.maximum(c.damage, 0.0), 1.0) + 1e-8)
             a -= a.mean(axis=1, keepdims=True)
         a = self._manifold().retract(a)
-        starts = [c.expand(solve_costs(p, -np.where(c.allowed, a, -np.inf))), *self.start]
+        starts = [c.expand(self._spend(solve_costs(p, -np.where(c.allowed, a, -np.inf)), a)), *self.start]
         scores = self.objective.scores(np.array(starts), int(self.settings["judge_tokens"]), self.seed)
         best = int(np.argmin(scores.mean))
         zero = np.zeros_like(a)
@@ -154,11 +157,23 @@ class Rco(Searcher):
         """The rounded logits, the best vertex seen and the best so far on the same text."""
         p, c = self.problem, self.problem.classes
         log_p = np.log(np.maximum(self._manifold().softmax(state["logits"]), 1e-300))
-        rounded = c.expand(solve_costs(p, -np.where(c.allowed, log_p, -np.inf)))
-        three = np.stack([state["choice"], rounded, state["vertex"]])
+        rounded = solve_costs(p, -np.where(c.allowed, log_p, -np.inf))
+        proposed = [
+            self._spend(choice, state["logits"]) for choice in (rounded, c.expand_back(state["vertex"]))
+        ]
+        three = np.stack([state["choice"], *map(c.expand, proposed)])
         scores = self.objective.scores(three, int(self.settings["judge_tokens"]), self.seed + number)
         best = int(np.argmin(scores.mean))
         return {"choice": three[best], "kl": scores.mean[best], "vertex_kl": np.array(np.inf)}
+
+    def _spend(self, choice: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """(C,) the choice with the bytes that it leaves: by damage where it is known, else by bytes times probability."""
+        c = self.problem.classes
+        if not self.problem.has_damage:
+            extra = c.bytes - c.bytes[np.arange(len(choice)), choice][:, None]
+            worth = extra * np.where(extra > 0, self._manifold().softmax(logits), 1.0)
+            c = replace(c, damage=np.where(c.allowed, -worth, np.inf))
+        return fill(c, choice, self.problem.limit_bytes)
 
     def _slope(self, choice: np.ndarray, text: int) -> tuple[np.ndarray, float]:
         """(C, F) change of the loss towards every option of the classes, and the loss."""

@@ -68,6 +68,22 @@ class TestRco(SearcherConformance):
     def kind(self):
         return Rco
 
+    @pytest.mark.parametrize("known", [True, False])
+    @pytest.mark.parametrize("seed", range(4))
+    def test_nothing_wider_fits_any_more(self, kind, known, seed):
+        problem = search_problem(seed=seed)
+        objective = Pretended(problem)
+        posed = problem if known else replace(problem, damage=np.full(problem.damage.shape, np.nan))
+        search = kind(posed, objective, settings={**self.SETTINGS, "steps": 20})
+        state = search.begin()
+        for number in range(1, 21):
+            at = state["choice"]
+            room = problem.limit_bytes - problem.payload(at)
+            extra = problem.bytes - problem.bytes[np.arange(len(at)), at][:, None]
+            assert room >= 0
+            assert not ((extra > 0) & (extra <= room)).any()
+            state = search.step(state, number)
+
 
 class TestRefine(SearcherConformance):
     SETTINGS = {"steps": 6}
