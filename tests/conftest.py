@@ -36,6 +36,13 @@ def checkpoints() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def on_gpu() -> Callable[..., Any]:
+    """``with on_gpu():`` a GPU made of CPU tensors (tests/emulated_gpu.py)."""
+    made: Callable[..., Any] = _helper("emulated_gpu").emulated_gpu
+    return made
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, checkpoints: ModuleType) -> Callable[..., Path]:
     """``tiny_checkpoint("qwen3_moe")`` -> folder of a tiny random model with a tokenizer, made once per session.
 
