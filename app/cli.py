@@ -87,6 +87,10 @@ def measure(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE, an option of the metrics; repeatable.")
     ] = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the model while it is measured: float32, bfloat16, float16.")
+    ] = "float32",
     wait: Wait = False,
     json_output: Json = False,
 ) -> None:
@@ -95,7 +99,7 @@ def measure(
 
     result = tasks.measure(
         model, metric, formats=formats, calibration=calibration, tokens=tokens, seq_len=seq_len, seed=seed,
-        settings=tasks.parse_settings(set_ or []), text_mode=text_mode, wait=wait, on_progress=progress_printer(json_output),
+        settings=tasks.parse_settings(set_ or []), text_mode=text_mode, device=device, dtype=dtype, wait=wait, on_progress=progress_printer(json_output),
     )  # fmt: skip
     emit(result, json_output, "job")
 

@@ -119,14 +119,25 @@ class _Placing(TorchFunctionMode):
             if name == "__set__" and isinstance(args[1], OnGpu) and func == Tensor.data.__set__:
                 first.held = args[1].held
                 return func(*args)
-            if name == "backward":  # by hand: a mode is off inside the calls it sees, and hooks run inside this one
+            if (
+                name == "backward"
+            ):  # by hand: a mode is off inside the calls it sees, and hooks run inside this one
                 seed = kwargs.get("gradient", args[1] if len(args) > 1 else None)
                 with self:
                     seeds = (torch.ones_like(first) if seed is None else seed,)
                     keep = bool(kwargs.get("retain_graph"))
-                    return _engine_run_backward((first,), seeds, keep, False, (), allow_unreachable=True, accumulate_grad=True)
-            if name == "scaled_dot_product_attention" and kwargs.get("is_causal"):  # C++ would make the mask on the CPU
-                kwargs |= {"is_causal": False, "attn_mask": OnGpu(torch.ones(first.shape[-2], args[1].shape[-2], dtype=torch.bool).tril())}
+                    return _engine_run_backward(
+                        (first,), seeds, keep, False, (), allow_unreachable=True, accumulate_grad=True
+                    )
+            if name == "scaled_dot_product_attention" and kwargs.get(
+                "is_causal"
+            ):  # C++ would make the mask on the CPU
+                kwargs |= {
+                    "is_causal": False,
+                    "attn_mask": OnGpu(
+                        torch.ones(first.shape[-2], args[1].shape[-2], dtype=torch.bool).tril()
+                    ),
+                }
         device = kwargs.get("device")
         if device is None or torch.device(device).type != "cuda":
             return func(*args, **kwargs)

@@ -8,6 +8,7 @@ from typing import Any
 
 from bitatlas.analysis.schema import UserError, expand_formats
 from bitatlas.app.dataset_text import PREFIXES, dataset_file
+from bitatlas.app.devices import check_place
 from bitatlas.app.tasks.demo import demo_path, demo_text
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
 from bitatlas.app.tasks.models import fit_length, register
@@ -146,6 +147,8 @@ def measure_params(
     seed: int,
     settings: Mapping[str, Any] | None,
     text_mode: str = "packed",
+    device: str = "auto",
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """The canonical request of a measurement: the same question gives the same dictionary, hence the same job.
 
@@ -177,6 +180,13 @@ def measure_params(
         fit_length(index, seq_len)
     if text_mode not in ("packed", "document"):
         raise UserError("unknown calibration mode", found=repr(text_mode), fix="packed or document")
+    check_place(device, dtype)
+    if dtype == "auto":
+        raise UserError(
+            "a measurement needs one dtype, whatever the machine",
+            found="auto",
+            fix="--dtype float32 or bfloat16",
+        )
     check_settings((METRICS[n] for n in names), settings or {})
     ctx = MeasureContext(
         index, expand_formats(formats), seed=seed, settings=settings, tokens=tokens, seq_len=seq_len
@@ -195,6 +205,11 @@ def measure_params(
         "seq_len": seq_len if needy else 0,
         "seed": seed,
         "settings": dict(settings or {}),
+        **{
+            k: v
+            for k, v, usual in (("device", device, "auto"), ("dtype", dtype, "float32"))
+            if needy and v != usual
+        },
         # The usual way of cutting stays unsaid, so that requests made before there was a choice keep their identity.
         **({"text_mode": text_mode} if needy and text_mode != "packed" else {}),
         # A metric that computes something else than it did is another request; first versions stay unsaid for the same reason.
@@ -223,6 +238,8 @@ def submit_measure(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     text_mode: str = "packed",
+    device: str = "auto",
+    dtype: str = "float32",
 ) -> str:
     """Start (or join) the measurement; returns the job's id at once."""
 
@@ -236,6 +253,8 @@ def submit_measure(
         seed=seed,
         settings=settings,
         text_mode=text_mode,
+        device=device,
+        dtype=dtype,
     )
     return submit(
         "measure", params, f"measure {', '.join(params['metrics'])} of {Path(params['model']).name}"
@@ -253,6 +272,8 @@ def measure(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     text_mode: str = "packed",
+    device: str = "auto",
+    dtype: str = "float32",
     wait: bool = False,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -262,6 +283,8 @@ def measure(
         calibration: a text or JSON-lines file, ``datasets:NAME[/CONFIG][:SPLIT[:FIELD]]``, or ``self``: text sampled from the
             model itself by the seed.
         text_mode: ``packed`` cuts one stream of tokens; ``document`` starts every sequence at a document's beginning.
+        device: ``auto`` (a GPU where there is one that holds the model), ``cpu`` or ``cuda``; the same run either way.
+        dtype: of the model's parameters; another than float32 makes runs of their own.
 
     Returns:
         The job's status; with ``wait`` its result. With the metric ``all`` also ``skipped``: metric -> why not here.
@@ -279,6 +302,8 @@ def measure(
         seed=seed,
         settings=settings,
         text_mode=text_mode,
+        device=device,
+        dtype=dtype,
     )
     status = status_dict(submit_and_wait(job, wait, on_progress))
     if _named(metric) == _ALL:

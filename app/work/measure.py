@@ -12,6 +12,7 @@ from bitatlas.analysis.metrics import get_metric
 from bitatlas.analysis.metrics.base import Metric
 from bitatlas.analysis.schema import DamageRow, Provenance, parse_format
 from bitatlas.analysis.together import run_together
+from bitatlas.app.devices import pick_device
 from bitatlas.app.jobs.work import Work
 from bitatlas.app.work.ahead import Ahead
 from bitatlas.app.work.checkpoint import loadable, unchanged
@@ -43,6 +44,10 @@ class MeasureWork(Work):
         """
         p = self.params
         index = unchanged(self.params)
+        dtype = p.get("dtype", "float32")
+        # Weights-only metrics read files and compute in processes of their own; the GPU is for the model.
+        model = any(not self._weights_only(name) for name in self.metrics)
+        need = index.params * (4 if dtype == "float32" else 2) * 3 // 2
         return MeasureContext(
             loadable(index, self.home),
             [parse_format(f) for f in p["formats"]],
@@ -52,16 +57,29 @@ class MeasureWork(Work):
             tokens=p["tokens"] or 1,
             seq_len=p["seq_len"] or 2,
             text_mode=p.get("text_mode", "packed"),
+            dtype=dtype,
+            device=pick_device(p.get("device", "auto"), need) if model else "cpu",
         )
 
     def run_of(self, metric: Metric) -> str:
         """The run that a metric's rows belong to: the same inputs, the same run, whichever job asks."""
         digest = "" if metric.NEEDS == "weights" else self.context.calibration.digest
-        known = {k: v for k, v in self.params["settings"].items() if k in metric.SETTINGS}
         formats = self.params["formats"] if metric.PER_FORMAT else []
         return run_key(
-            self.params["digest"], metric.NAME, metric.VERSION, formats, digest, known, self.params["seed"]
+            self.params["digest"],
+            metric.NAME,
+            metric.VERSION,
+            formats,
+            digest,
+            self._settings(metric),
+            self.params["seed"],
         )
+
+    def _settings(self, metric: Metric) -> dict[str, Any]:
+        """What was asked of a metric; the model's dtype is among it where it is not the usual one."""
+        known = {k: v for k, v in self.params["settings"].items() if k in metric.SETTINGS}
+        other = "dtype" in self.params and not self._weights_only(metric.NAME)
+        return known | ({"model_dtype": self.params["dtype"]} if other else {})
 
     def plan(self) -> list[str]:
         """``metric/step`` for every step, then ``metric/finish``.
@@ -168,7 +186,7 @@ class MeasureWork(Work):
             "run": self.run_of(metric),
             "model_digest": self.params["digest"],
             "metric": metric.NAME,
-            "settings": {k: v for k, v in self.params["settings"].items() if k in metric.SETTINGS},
+            "settings": self._settings(metric),
             "formats": self.params["formats"] if metric.PER_FORMAT else [],
             "calibration": calibration.digest if calibration else "",
             "provenance": provenance.to_dict(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from bitatlas.analysis.metrics import METRICS
 from bitatlas.analysis.model_index import index_model
@@ -14,6 +15,8 @@ from bitatlas.app.tasks.searching import submit_search
 from bitatlas.app.tasks.truth import submit_random_allocations, truth
 from bitatlas.app.tasks.verifying import submit_verify
 from bitatlas.app.work.checkpoint import unchanged
+from bitatlas.app.work.measure import MeasureWork
+from bitatlas.cache.paths import Home
 
 
 def test_a_new_version_of_a_metric_is_another_request(
@@ -61,7 +64,7 @@ def test_sequences_longer_than_the_model_reads(
         lambda: truth(gpt2, text=text, seq_len=257),
         lambda: submit_verify(gpt2, _plan(gpt2, tmp_path), text=text, seq_len=257),
         lambda: submit_verify(gpt2, _plan(gpt2, tmp_path), text=text, seq_len=16, quantizer="gptq", calibration=text),
-        lambda: submit_search(gpt2, bits=4.0, formats="int{2,4}-g32", calibration=text, seq_len=257),
+        lambda: submit_search(gpt2, solver="evopress", bits=4.0, formats="int{2,4}-g32", calibration=text, seq_len=257),
     ):  # fmt: skip
         with pytest.raises(UserError, match="positions"):
             ask()
@@ -105,3 +108,46 @@ def test_what_a_metric_refuses_is_no_job(
         with pytest.raises(UserError, match=words):
             asked(metric, **settings)
     assert asked("fisher", draws=1)["settings"] == {"draws": 1}
+
+
+def test_a_measurement_takes_the_gpu_that_holds_the_model(
+    tmp_path: Path, tiny_checkpoint, on_gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it computes is no part of what it is; the model's dtype is."""
+    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 4000)
+    home = Home(tmp_path / "home")
+
+    def work(metric: str = "fisher", **options: str) -> MeasureWork:
+        params = measure_params(
+            tiny_checkpoint("llama"), metric, formats="int4-g32", calibration=text, tokens=64, seq_len=16,
+            seed=0, settings=None, **options,
+        )  # fmt: skip
+        return MeasureWork(params, home)
+
+    def run_of(w: MeasureWork) -> str:
+        return w.run_of(next(iter(w.metrics.values())))
+
+    alone = work()
+    assert alone.context.device == "cpu"
+    with on_gpu():
+        there = work()
+        assert there.context.device == "cuda"
+        assert there.context.loaded.device.type == "cuda"
+        assert work(device="cpu").context.device == "cpu"
+        assert work("weight_error").context.device == "cpu"
+    with on_gpu(memory=1000):
+        assert work().context.device == "cpu"  # it would not fit
+    assert alone.params == there.params
+    assert run_of(alone) == run_of(there) == run_of(work(device="cpu"))
+    half = work(dtype="bfloat16")
+    assert run_of(half) != run_of(alone)
+    assert half.context.loaded.model.dtype is torch.bfloat16
+    assert half.runs()[0]["settings"] == {"model_dtype": "bfloat16"}
+    assert run_of(work("weight_error", dtype="bfloat16")) == run_of(work("weight_error"))
+    with pytest.raises(UserError, match="no GPU"):
+        _ = work(device="cuda").context
+    for word in ("tpu", "auto"):
+        with pytest.raises(UserError):
+            work(**{"device": word} if word == "tpu" else {"dtype": word})
