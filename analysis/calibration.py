@@ -27,6 +27,7 @@ __all__ = [
     "load_tokenizer",
     "make_calibration",
     "shared_windows",
+    "spread",
 ]
 
 SELF = "self"
@@ -152,7 +153,7 @@ def make_calibration(
             found=short,
             fix="give a longer text, or ask for fewer tokens or a shorter sequence length",
         )
-    ids = blocks[_spread(len(blocks), want, seed)]
+    ids = blocks[spread(len(blocks), want, np.random.default_rng(seed))]
     ids = np.concatenate([np.tile(np.array(bos, np.int64), (want, 1)), ids], axis=1)  # (S, T)
     if vocab_size and int(ids.max()) >= vocab_size:
         raise UserError(
@@ -201,10 +202,10 @@ def _cut(stream: Sequence[int], body: int) -> np.ndarray:
     return np.array(stream[:usable], np.int64).reshape(-1, body)  # (blocks, body)
 
 
-def _spread(n: int, want: int, seed: int) -> np.ndarray:
-    """``want`` distinct positions of ``n``: one from each of ``want`` equal stretches."""
-    edges = np.arange(want + 1) * n // want
-    draw = np.random.default_rng(seed).random(want)
+def spread(n: int, want: int, rng: np.random.Generator) -> np.ndarray:
+    """``want`` <= ``n`` distinct positions of ``n``, ascending: one from each of ``want`` equal stretches."""
+    edges = np.arange(want + 1) * n // max(want, 1)
+    draw = rng.random(want)
     return edges[:-1] + (draw * np.diff(edges)).astype(np.int64)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Any, TextIO
 
 from bitatlas.analysis.schema import null_nan
@@ -24,6 +25,8 @@ def emit(data: Any, json_output: bool, shape: str) -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return "" if value != value else f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={_cell(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(str(v) for v in value)
     return "" if value is None else str(value)
@@ -49,12 +52,32 @@ def _table(rows: Any) -> None:
 def _pairs(data: dict[str, Any]) -> None:
     width = max((len(k) for k in data), default=0)
     for key, value in data.items():
-        if isinstance(value, dict):
+        if value and isinstance(value, dict):
             print(f"{key.replace('_', ' ')}:")
             for k, v in value.items():
                 print(f"  {k}: {_cell(v)}")
         elif value not in (None, "", [], {}):
             print(f"{key.replace('_', ' '):<{width}}  {_cell(value)}")
+
+
+_TIMES = ("created", "started", "ended")
+
+
+def _job(data: dict[str, Any]) -> None:
+    """A job's status with times as people read them; ``fraction`` only while a step is in hand."""
+    shown: dict[str, Any] = {
+        k: _moment(v) if k in _TIMES and isinstance(v, int | float) else v for k, v in data.items()
+    }
+    fraction = float(shown.pop("fraction", 0.0))
+    if 0.0 < fraction < 1.0:
+        shown["of this step"] = f"{fraction:.0%}"
+    # What was left out and why is what one looks for last.
+    _pairs({**{k: v for k, v in shown.items() if k != "skipped"}, "skipped": shown.get("skipped")})
+
+
+def _moment(seconds: float) -> str:
+    """Local time in ISO 8601, with its distance from UTC."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 def _scan(data: dict[str, Any]) -> None:
@@ -207,7 +230,7 @@ def spoken_lines(stream: TextIO, quiet: bool = False) -> Iterator[str]:
 
 
 _SHAPES: dict[str, Callable[[Any], None]] = {
-    "table": _table, "job": _pairs, "scan": _scan, "allocation": _allocation, "verify": _verify, "text": _text,
+    "table": _table, "job": _job, "scan": _scan, "allocation": _allocation, "verify": _verify, "text": _text,
     "export": _export, "engines": _engines, "trust": _trust, "answers": _answers,
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
+from bitatlas.analysis.calibration import spread
 from bitatlas.analysis.divergence import KlReference, token_kl
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
 from bitatlas.analysis.schema import DamageRow, QuantUnit, UserError
@@ -98,7 +99,10 @@ class KlFlip(Metric):
         )
 
     def _pairs(self, ctx: MeasureContext) -> dict[int, list[tuple[QuantUnit, int]]]:
-        """Layer -> flips (unit, position of the format)."""
+        """Layer -> flips (unit, position of the format).
+
+        What a flip measures does not hang on the others, so a sample drawn by an older rule stays as good, and `VERSION`.
+        """
         units, formats = ctx.index.units, range(len(ctx.formats))
         every = [(unit, f) for unit in units for f in formats]
         wanted = int(self.option(ctx, "flips"))
@@ -107,8 +111,8 @@ class KlFlip(Metric):
             shares = wanted // len(formats) + (np.arange(len(formats)) < wanted % len(formats))
             chosen = {
                 (units[u].key, f)
-                for f, share in enumerate(shares)
-                for u in ((np.arange(share) + rng.random(share)) * len(units) / share).astype(int)
+                for f, share in enumerate(shares.tolist())
+                for u in spread(len(units), share, rng).tolist()
             }
             every = [(unit, f) for unit, f in every if (unit.key, f) in chosen]
         out: dict[int, list[tuple[QuantUnit, int]]] = {}

@@ -75,6 +75,18 @@ def test_a_sample_of_flips_is_drawn_by_the_seed_and_no_cache_gives_the_same(tiny
     assert [(r.unit, r.format, r.value) for r in first] == [(r.unit, r.format, r.value) for r in again]
 
 
+@pytest.mark.parametrize("flips", [1, 2, 3, 7, 13, 25, 29, 31])
+def test_as_many_flips_as_were_asked_for(tiny_checkpoint, flips):
+    for seed in range(8):
+        ctx = context(tiny_checkpoint("llama_tied"), "int2-g32,int4-g32", flips=flips)
+        ctx.seed = seed
+        pairs = [pair for layer in KlFlip()._pairs(ctx).values() for pair in layer]
+        every = len(ctx.index.units) * 2
+        assert len({(u.key, f) for u, f in pairs}) == len(pairs) == min(flips, every)
+        if flips < every:
+            assert [sum(f == i for _, f in pairs) for i in (0, 1)] == [flips - flips // 2, flips // 2]
+
+
 def test_a_model_that_cannot_be_resumed_is_run_whole(tiny_checkpoint):
     ctx = context(tiny_checkpoint("llama"))
     runner = PrefixRunner(ctx.loaded, 17)
