@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from bitatlas.analysis.schema import Budget, KvLayout, KvPair, ModelIndex, UserError, parse_pair
 from bitatlas.app.checks import at_least
-from bitatlas.app.sizes import format_bytes, parse_bytes
+from bitatlas.app.sizes import format_bytes, format_least, parse_bytes
 
 __all__ = ["reserve_bytes", "resolve_budget", "uniform_kv"]
 
@@ -44,6 +44,7 @@ def resolve_budget(
     bits_k: float = 16,
     bits_v: float = 16,
     kv: Mapping[int, KvPair] | None = None,
+    smallest: int = 0,
 ) -> Budget:
     """The budget of exactly one of three questions.
 
@@ -53,6 +54,7 @@ def resolve_budget(
         bytes_: all weights, units and kept tensors.
         fit: memory for weights + KV cache at ``context`` tokens and ``batch`` sequences + ``reserve``.
         bits_k, bits_v: bits of one cached K and V element. kv: formats by layer, instead of these.
+        smallest: bytes that all weights take at least, so that too little memory can be told what would do; 0 = not known.
 
     Raises:
         UserError: none or several of the three, a context without ``fit`` or a negative one, no sequence, or nothing is left for the weights.
@@ -92,10 +94,18 @@ def resolve_budget(
         cached = index.kv.plan_bytes(plan, context, batch, KvLayout())
     left = total - cached - spare
     if left <= 0:
+        taken = f"{format_bytes(cached)} of KV cache and {format_bytes(spare)} of reserve"
+        least = format_least(smallest + cached + spare) if smallest else ""
         raise UserError(
             "nothing is left for the weights",
-            found=f"{format_bytes(total)} less {format_bytes(cached)} of KV cache and {format_bytes(spare)} of reserve",
-            fix="a shorter --context, a smaller --batch, or more memory",
+            found=f"{format_bytes(total)} less {taken}"
+            + (f"; the smallest weights take {format_bytes(smallest)}" if smallest else ""),
+            fix=(f"at least {least} in all, " if least else "more memory, ")
+            + (
+                "a shorter context, a smaller batch, fewer bits for K and V, or less reserve"
+                if cached
+                else "or less reserve"
+            ),
         )
     label = f"{format_bytes(total)}, context {context}, batch {batch}" if context else format_bytes(total)
     return Budget(left, cached, spare, context, batch, label)

@@ -126,8 +126,11 @@ def group_budgets(problem: Problem, groups: ExpertGroups, limits: tuple[str, ...
         limit = _bytes_of(value, int(problem.params[members].sum()))
         out.append(
             SideBudget(
-                f"group {name}", np.where(members[:, None], problem.bytes, 0).astype(float), float(limit)
-            )
+                f"group {name}",
+                np.where(members[:, None], problem.bytes, 0).astype(float),
+                float(limit),
+                f"--group-limit {name}",
+            )  # fmt: skip
         )
     return tuple(out)
 

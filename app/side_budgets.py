@@ -136,14 +136,22 @@ class SideLimits:
         out = []
         if self.latency_ms is not None:
             cost = latency(index, formats, read_latency(Home.default()), self.batch)
-            out.append(SideBudget("latency in microseconds", cost, self.latency_ms * 1e3))
+            out.append(
+                SideBudget("latency in microseconds", cost, self.latency_ms * 1e3, "--latency-ms", 1e3)
+            )
         if self.bops is not None:
             out.append(
-                SideBudget("bit operations per token", bit_operations(index, formats), self.bops * 1e9)
+                SideBudget(
+                    "bit operations per token", bit_operations(index, formats), self.bops * 1e9, "--bops", 1e9
+                )
             )
         if self.active_bytes is not None:
             cost = active_bytes(index, formats, self.batch)
-            out.append(SideBudget("active bytes per step", cost, float(parse_bytes(self.active_bytes))))
+            out.append(
+                SideBudget(
+                    "active bytes per step", cost, float(parse_bytes(self.active_bytes)), "--active-bytes"
+                )
+            )
         return tuple(out)
 
     def settings(self) -> dict[str, Any]:

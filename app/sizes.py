@@ -6,7 +6,7 @@ import re
 
 from bitatlas.kernels.errors import UserError
 
-__all__ = ["format_bytes", "parse_bytes"]
+__all__ = ["format_bytes", "format_least", "parse_bytes"]
 
 _UNITS = {
     "": 1, "b": 1,
@@ -27,6 +27,14 @@ def parse_bytes(text: str | int) -> int:
     if match is None or unit is None or float(match[1]) <= 0:
         raise UserError("this is not a size", found=repr(text), fix="write for example 8GiB, 500MB or 123456")
     return int(float(match[1]) * unit)
+
+
+def format_least(count: int) -> str:
+    """A size that is enough, in words: never rounded below ``count``. ``2162689`` -> ``2.1 MiB``."""
+    for scale, word in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= scale:
+            return f"{-(-count * 10 // scale) / 10:.1f} {word}"
+    return f"{count} B"
 
 
 def format_bytes(count: float) -> str:

@@ -16,6 +16,7 @@ from bitatlas.analysis.schema import UserError
 from bitatlas.solvers.base import FEASIBLE, OPTIMAL, TIME_LIMIT, Found, Solver
 from bitatlas.solvers.classes import Classes
 from bitatlas.solvers.front_cache import fill
+from bitatlas.solvers.infeasible import in_words, least_of
 from bitatlas.solvers.problem import Problem
 
 __all__ = ["Ilp"]
@@ -63,8 +64,9 @@ class Ilp(Solver):
             return Found(c.expand(fill(c, choice, problem.limit_bytes) if not sides else choice), FEASIBLE, 1)
         names = ", ".join(f"{s.name} <= {s.limit:g}" for s in problem.side)
         if finished:
-            raise UserError("no allocation meets all limits together",
-                            found=f"{problem.limit_bytes} bytes, {names}", fix="relax one of them")  # fmt: skip
+            alone = [f"{problem.min_bytes} bytes", *(in_words(s, least_of(problem, s)) for s in problem.side)]
+            raise UserError("no allocation meets all limits together", found=f"{problem.limit_bytes} bytes, {names}",
+                            fix=f"relax one of them; the smallest possible of each alone: {', '.join(alone)}")  # fmt: skip
         raise UserError("the integer program found no allocation in its time", found=names,
                         fix="allow more time, or relax a limit")  # fmt: skip
 

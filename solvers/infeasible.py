@@ -10,9 +10,9 @@ from bitatlas.analysis.schema import FORMATS, UserError
 from bitatlas.solvers.classes import tie_labels
 
 if TYPE_CHECKING:
-    from bitatlas.solvers.problem import Problem
+    from bitatlas.solvers.problem import Problem, SideBudget
 
-__all__ = ["check_feasible", "megabytes"]
+__all__ = ["check_feasible", "format_that_fits", "in_words", "least_of", "megabytes"]
 
 
 def megabytes(nbytes: int) -> str:
@@ -22,8 +22,41 @@ def megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
 
 
+def least_of(problem: Problem, side: SideBudget) -> float:
+    """The smallest possible sum of a further limit's costs, pins and ties kept, nothing else asked."""
+    c = problem.classes
+    cost = np.zeros(c.bytes.shape)
+    np.add.at(cost, c.of_unit, side.cost)
+    return float(np.where(c.allowed, cost, np.inf).min(axis=1).sum())
+
+
+def in_words(side: SideBudget, value: float) -> str:
+    """A value of a limit as the user writes it, rounded up to four digits: ``--bops 0.613``."""
+    shown = value / side.unit
+    step = 10.0 ** (np.floor(np.log10(shown)) - 3) if shown > 0 else 1.0
+    text = f"{np.ceil(shown / step - 1e-9) * step:.4g}" if side.unit != 1 else str(int(np.ceil(shown - 1e-6)))
+    name = side.option or side.name
+    return f"{name}{'=' if side.option and ' ' in name else ' '}{text}"
+
+
+def check_sides(problem: Problem) -> None:
+    """Return if every further limit could be met, were it the only one.
+
+    Raises:
+        UserError: one cannot; names the smallest possible value of each that cannot.
+    """
+    short = [(s, least) for s in problem.side if (least := least_of(problem, s)) > s.limit * (1 + 1e-9)]
+    if short:
+        raise UserError(
+            f"the limit on {' and on '.join(s.name for s, _ in short)} cannot be met",
+            found=f"{', '.join(in_words(s, s.limit) for s, _ in short)}; with {', '.join(problem.formats)} no allocation has less than "
+            + ", ".join(in_words(s, least) for s, least in short),
+            fix=f"at least {' '.join(in_words(s, least) for s, least in short)}, or smaller formats",
+        )
+
+
 def check_feasible(problem: Problem) -> None:
-    """Return if some allocation fits the bytes.
+    """Return if some allocation fits the bytes, and if each further limit could be met alone.
 
     Raises:
         UserError: none does; names the smallest possible payload, and what would have to be allowed: dropping
@@ -31,6 +64,7 @@ def check_feasible(problem: Problem) -> None:
     """
     smallest = problem.min_bytes
     if smallest <= problem.limit_bytes:
+        check_sides(problem)
         return
     found = (
         f"{megabytes(max(problem.limit_bytes, 0))} for the quantised units, the smallest possible with "
@@ -46,7 +80,7 @@ def check_feasible(problem: Problem) -> None:
             found=f"{found}; without the pins {megabytes(free)}",
             fix=f"drop or lower some pins, or {advice[0]}",
         )
-    change = _format_that_fits(problem)
+    change = format_that_fits(problem)
     if change is not None:
         name, nbytes, fits = change
         advice.insert(0, f"allow {name}: {megabytes(nbytes)}" + ("" if fits else " (the smallest there is)"))
@@ -77,7 +111,7 @@ def _smallest(bytes_table: np.ndarray, allowed: np.ndarray, labels: np.ndarray) 
     return int(np.where(joint, size, np.iinfo(np.int64).max).min(axis=1).sum())
 
 
-def _format_that_fits(problem: Problem) -> tuple[str, int, bool] | None:
+def format_that_fits(problem: Problem) -> tuple[str, int, bool] | None:
     """The format whose addition is the smallest change that fits: (name, smallest payload, does it fit).
 
     Among those that make the budget possible the one with the most bytes; if none does, the smallest one.

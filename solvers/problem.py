@@ -31,11 +31,14 @@ class SideBudget:
         name: for messages ("latency in microseconds").
         cost: (U, F) float64, what a unit costs in a format; 0 for units it does not concern.
         limit: the sum over the units may not exceed this.
+        option, unit: how the user writes it, and what one of it is, so that advice can be typed (``--bops``, 1e9).
     """
 
     name: str
     cost: np.ndarray
     limit: float
+    option: str = ""
+    unit: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +134,8 @@ class Problem:
         if allowed is not None:
             mask &= np.asarray(allowed, bool)
         side = tuple(
-            SideBudget(s.name, np.asarray(s.cost, np.float64).reshape(n, k), float(s.limit)) for s in side
+            SideBudget(s.name, np.asarray(s.cost, np.float64).reshape(n, k), float(s.limit), s.option, s.unit)
+            for s in side
         )
         mask = _apply_pins(names, labels, mask, pins, tie_labels(names, ties))
         return cls(

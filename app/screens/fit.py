@@ -129,7 +129,7 @@ def _answer(study: Study, asked: controls.Asked, head: st.delta_generator.DeltaG
             raise UserError("no format is allowed", fix="allow at least one")
         pins = {study.keys[i]: f for i, f in state.pins().items()}
         problem, cache = fit_cache.front(study, asked.metric, asked.formats, pins)
-        budget = asked.budget(study.index)
+        budget = asked.budget(study.index, problem.min_bytes + study.index.kept_bytes)
         line = views.front_line(cache, study.index.kept_bytes)
     except UserError as error:
         with head:
@@ -140,7 +140,12 @@ def _answer(study: Study, asked: controls.Asked, head: st.delta_generator.DeltaG
     view, problem_with_it = None, None
     try:
         view = views.build_fit(
-            study.index, problem, cache, views.FitControls(asked.total_bytes, budget, asked.metric, unit)
+            study.index,
+            problem,
+            cache,
+            views.FitControls(
+                asked.total_bytes, budget, asked.metric, unit, study.tables[asked.metric].formats
+            ),
         )
     except UserError as error:
         problem_with_it = error

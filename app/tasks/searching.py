@@ -7,7 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bitatlas.analysis.schema import Allocation, Budget, ModelIndex, UserError, expand_formats, resolve_pins
+from bitatlas.analysis.schema import (
+    Allocation,
+    Budget,
+    ModelIndex,
+    UserError,
+    expand_formats,
+    parse_format,
+    resolve_pins,
+)
 from bitatlas.app.budgets import resolve_budget
 from bitatlas.app.kv_plan import cache_pairs, pair_names
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait, the_jobs
@@ -104,7 +112,8 @@ def submit_search(
     checked = kind.checked(chosen)
     if budget is None:
         pairs = cache_pairs(index, kv_bits, kv_plan)
-        budget = resolve_budget(index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch, reserve=reserve, kv=pairs)  # fmt: skip
+        least = int(index.bytes_table([parse_format(f) for f in names]).min(axis=1).sum()) + index.kept_bytes
+        budget = resolve_budget(index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch, reserve=reserve, kv=pairs, smallest=least)  # fmt: skip
         kv = pair_names(pairs)
     pinned = dict(pins) if isinstance(pins, Mapping) else resolve_pins(pins or [], index.unit_keys())
     starts = []

@@ -32,7 +32,7 @@ from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
 from bitatlas.app.kv_plan import cache_pairs, pair_names
 from bitatlas.app.side_budgets import SideLimits
 from bitatlas.app.side_budgets import active_bytes as bytes_read
-from bitatlas.app.sizes import parse_bytes
+from bitatlas.app.sizes import format_bytes, format_least, parse_bytes
 from bitatlas.app.tasks.interaction import with_probes
 from bitatlas.app.tasks.joint import find_kv_table, solve_joint
 from bitatlas.app.tasks.models import register
@@ -40,6 +40,7 @@ from bitatlas.cache.paths import Home, write_output
 from bitatlas.cache.store import Store
 from bitatlas.solvers import Problem, Solver, get_solver, to_allocation
 from bitatlas.solvers import frontier as sweep
+from bitatlas.solvers.infeasible import check_feasible
 
 if TYPE_CHECKING:
     from bitatlas.app.targets.limits import Limits
@@ -240,9 +241,11 @@ def solve(
     else:
         same = cache_pairs(index, kv_bits, kv_plan)
         budget = resolve_budget(index, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
-                                reserve=reserve, kv=same)  # fmt: skip
+                                reserve=reserve, kv=same, smallest=problem.min_bytes - problem.limit_bytes + index.kept_bytes)  # fmt: skip
         side = SideLimits(latency_ms, bops, active_bytes, batch) if asked else None
         asked_for = problem.with_limit(problem.limit_bytes + budget.weights_bytes - index.kept_bytes)
+        if asked_for.min_bytes > asked_for.limit_bytes:
+            raise too_small(asked_for, budget)
         allocation = _solved(asked_for, index, table, names, budget, solver, limits, seed, side, rules)
         allocation = replace(allocation, kv=pair_names(same))
     store.put_allocation(allocation)
@@ -331,6 +334,22 @@ def frontier(
     front = sweep(problem, algorithm, points=points)
     store.put_frontier(index.digest, front)
     return front
+
+
+def too_small(problem: Problem, budget: Budget) -> UserError:
+    """What to tell where no allocation fits: of memory shared with a cache and a reserve, also how much it has to be in all."""
+    try:
+        check_feasible(problem)
+    except UserError as e:
+        spare = budget.kv_bytes + budget.reserve_bytes
+        if not spare:
+            return e
+        least = budget.total_bytes + problem.min_bytes - problem.limit_bytes
+        taken = f"{format_bytes(budget.kv_bytes)} of KV cache and {format_bytes(budget.reserve_bytes)} of reserve are taken off before"
+        other = e.fix.partition("a budget of at least")[0].rstrip(" ,").removesuffix("or").rstrip(" ,")
+        fix = f"at least {format_least(least)} in all" + (f", or {other}" if other else "")
+        return UserError(e.what, found=f"{e.found}; {taken}", fix=fix)
+    raise AssertionError("it fits")
 
 
 def read_allocation(path: str | Path) -> Allocation:

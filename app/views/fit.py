@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from bitatlas.analysis.schema import Budget, ModelIndex, UserError, parse_format
-from bitatlas.app.sizes import format_bytes
+from bitatlas.app.sizes import format_bytes, format_least
 from bitatlas.solvers import FrontCache, FrontPoint, Problem
+from bitatlas.solvers.infeasible import format_that_fits
 
 __all__ = [
     "FitControls",
@@ -68,12 +69,13 @@ class FrontLine:
 
 @dataclass(frozen=True, slots=True)
 class FitControls:
-    """What the person asked: memory in bytes, the budget it leaves, and names for the words."""
+    """What the person asked: memory in bytes, the budget it leaves, names for the words, and the formats that were measured."""
 
     total_bytes: int
     budget: Budget
     metric: str
     unit: str
+    measured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ def build_fit(index: ModelIndex, problem: Problem, cache: FrontCache, controls: 
 def _impossible(index: ModelIndex, problem: Problem, controls: FitControls) -> UserError:
     spare = controls.budget.kv_bytes + controls.budget.reserve_bytes
     smallest = problem.min_bytes + index.kept_bytes
-    fix = f"at least {format_bytes(smallest + spare)} in all"
+    fix = f"at least {format_least(smallest + spare)} in all"
     if controls.budget.kv_bytes:
         fix += ", a shorter context, or a KV cache of fewer bits"
     if problem.pins:
@@ -145,8 +147,18 @@ def _impossible(index: ModelIndex, problem: Problem, controls: FitControls) -> U
     return UserError(
         f"{format_bytes(controls.total_bytes)} is too small: the smallest weights take {format_bytes(smallest)}",
         found=f"{format_bytes(max(controls.budget.weights_bytes, 0))} are left for weights after {format_bytes(spare)} of KV cache and reserve",
-        fix=fix + ", or allow smaller formats",
+        fix=fix + _smaller_format(index, problem, controls),
     )
+
+
+def _smaller_format(index: ModelIndex, problem: Problem, controls: FitControls) -> str:
+    """The format that would make the weights fit, or the smallest there is."""
+    found = format_that_fits(problem.with_limit(controls.budget.weights_bytes - index.kept_bytes))
+    if found is None:
+        return ""
+    name, nbytes, fits = found
+    verb = "allow" if name in controls.measured else "measure and allow"
+    return f", or {verb} {name}: {format_bytes(nbytes + index.kept_bytes)}{'' if fits else ', the smallest there is'}"
 
 
 def _view(

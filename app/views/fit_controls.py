@@ -47,15 +47,15 @@ class Asked:
     kv: str
     reserve_bytes: int
 
-    def budget(self, index: ModelIndex) -> Budget:
-        """The weights' share of the memory.
+    def budget(self, index: ModelIndex, smallest: int = 0) -> Budget:
+        """The weights' share of the memory; ``smallest``: bytes that they take at least, for the error.
 
         Raises:
             UserError: nothing is left for them.
         """
         return resolve_budget(
             index, fit=self.total_bytes, context=self.context, batch=self.batch,
-            reserve=max(1, self.reserve_bytes), kv=kv_pairs(index, self.kv),
+            reserve=self.reserve_bytes, kv=kv_pairs(index, self.kv), smallest=smallest,
         )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def twin(path: str, asked: Asked, pins: Mapping[str, str]) -> str:
         ]
     parts += [
         "--reserve",
-        str(max(1, asked.reserve_bytes)),
+        str(asked.reserve_bytes),
         "--formats",
         ",".join(asked.formats),
         "--solver",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bitatlas.analysis.schema import UserError
 from bitatlas.app.budgets import resolve_budget
 from bitatlas.app.expert_groups import group_experts
-from bitatlas.app.side_budgets import read_latency
+from bitatlas.app.side_budgets import LATENCY_SCHEMA, read_latency
+from bitatlas.app.sizes import parse_bytes
 from bitatlas.app.tasks import jobs, solving
 from bitatlas.cache.paths import write_output
 from bitatlas.cache.store import Store
+from bitatlas.solvers import Problem, SideBudget, get_solver
 
 
 @pytest.fixture
@@ -93,3 +98,51 @@ def test_a_solver_that_was_named_is_not_replaced(index) -> None:
     with pytest.raises(UserError, match="mckp knows one budget only"):
         solving.solve("m", solver="mckp", **asked)
     assert solving.solve("m", metric="fisher_projection", bits=4.0).solver == "mckp"
+
+
+def _in_all(error: UserError) -> str:
+    """The memory that an error says is enough, as it may be typed."""
+    found = re.search(r"at least ([0-9.]+) (\w+) in all", error.fix)
+    assert found, error.fix
+    return found[1] + found[2]
+
+
+def test_memory_that_is_too_small_is_told_what_would_do(index) -> None:
+    asked = {"metric": "fisher_projection", "context": 256, "reserve": "64KiB", "formats": "int{2,4}-g64"}
+    with pytest.raises(UserError, match="nothing is left") as caught:
+        solving.solve("m", fit="70KiB", **asked)
+    told = _in_all(caught.value)
+    enough = solving.solve("m", fit=told, **asked)
+    assert set(enough.formats.values()) == {"int2-g64"}  # nothing was to spare
+    with pytest.raises(
+        UserError, match="too small for this model"
+    ) as caught:  # something is left, but not enough
+        solving.solve("m", fit=int(0.95 * parse_bytes(told)), **asked)
+    assert _in_all(caught.value) == told
+    assert "a budget of" not in caught.value.fix
+
+
+@pytest.mark.parametrize("limit", [{"bops": 1e-6}, {"active_bytes": "2kB"}, {"latency_ms": 1e-6}])
+def test_a_further_limit_that_cannot_be_met_is_told_its_least(index, home, limit) -> None:
+    names = ("int2-g64", "int4-g64")
+    rows = [{"rows": u.rows, "cols": u.cols, "format": f, "batch": 1, "us": u.params * (4 if f == "int4-g64" else 2) / 1e5}
+            for u in index.units for f in names]  # fmt: skip
+    (home.root / "latency.json").write_text(
+        json.dumps({"schema": LATENCY_SCHEMA, "device": "d", "rows": rows})
+    )
+    asked = {"metric": "fisher_projection", "bits": 8.0, "formats": names}
+    with pytest.raises(UserError, match="cannot be met") as caught:
+        solving.solve("m", **asked, **limit)
+    option, value = re.search(r"at least --(\S+) (\S+?),", caught.value.fix).groups()
+    least = {option.replace("-", "_"): float(value) if "bytes" not in option else value}
+    assert set(solving.solve("m", **asked, **least).formats.values()) == {"int2-g64"}
+
+
+def test_limits_that_can_be_met_one_at_a_time_only() -> None:
+    damage, size = np.ones((2, 2)), np.array([[10, 20], [10, 20]])
+    slow = SideBudget(
+        "latency in microseconds", np.array([[9000.0, 1000.0]] * 2), 2500.0, "--latency-ms", 1e3
+    )
+    with pytest.raises(UserError, match="no allocation meets all limits together") as caught:
+        get_solver("ilp").solve(Problem.of(damage, size, 25, side=[slow]))
+    assert "20 bytes, --latency-ms 2" in caught.value.fix

@@ -85,4 +85,4 @@ def test_what_is_no_group_of_bytes_is_refused():
         solve(SideBudget("a", bytes_of(0), 90), ties=[TieGroup("t", ("unit0", "unit1"))])
     with pytest.raises(UserError, match="cannot be met") as error:
         solve(SideBudget("group a", bytes_of(0, 2), 59))
-    assert "60 bytes" in str(error.value.fix)
+    assert "group a 60" in str(error.value.fix)

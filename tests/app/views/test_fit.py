@@ -88,6 +88,28 @@ def test_an_impossible_budget_names_the_smallest(index: ModelIndex, table: Sensi
     build(index, table, smallest)
 
 
+def test_an_impossible_budget_names_a_format_that_would_fit(index: ModelIndex, table: SensitivityTable):
+    four = table.select(("int4-g64", "int8-g64"))
+    problem = Problem.build(index, four, [parse_format(f) for f in four.formats], 1 << 40)
+    room = int(index.bytes_table([parse_format("int3-g64")]).sum()) + index.kept_bytes
+    asked = controls(index, room, kv=1000, reserve=500)
+    with pytest.raises(UserError, match="measure and allow int") as caught:
+        build_fit(index, problem, FrontCache.of(problem), asked)
+    name = caught.value.fix.rpartition(" allow ")[2].split(":")[0]
+    assert int(index.bytes_table([parse_format(name)]).sum()) + index.kept_bytes <= room
+    known = FitControls(asked.total_bytes, asked.budget, "fisher", "nats per token", (name,))
+    with pytest.raises(UserError, match=f", or allow {name}"):
+        build_fit(index, problem, FrontCache.of(problem), known)
+
+
+def test_memory_without_room_for_weights_is_told_the_least(index: ModelIndex):
+    asked = Asked("fisher", FORMATS, 4096, 128, 1, "16/16", 1000)
+    with pytest.raises(UserError, match="nothing is left") as caught:
+        asked.budget(index, 30_000)
+    assert "at least " in caught.value.fix
+    assert "--" not in str(caught.value)  # a page has no options
+
+
 def test_the_line_is_thinned_with_its_ends(index: ModelIndex, table: SensitivityTable):
     _, cache, _ = build(index, table, 45_000)
     line = front_line(cache, index.kept_bytes, points=4)
