@@ -91,6 +91,7 @@ class AutoRound(Target):
             "layer_config.json": "{\n" + ",\n".join(rows) + "\n}\n",
             "quantize.py": _SCRIPT % base,
             "run.sh": "#!/bin/sh\nset -e\n" + self.command(allocation, index) + "\n",
+            **self.kv(allocation, index).files,
         }
 
     def command(self, allocation: Allocation, index: ModelIndex) -> str:

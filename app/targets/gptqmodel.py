@@ -129,6 +129,7 @@ class GptqModel(Target):
             "quantize_config.json": json.dumps(self.quantize_config(allocation, index), indent=1) + "\n",
             "quantize.py": _SCRIPT,
             "run.sh": "#!/bin/sh\nset -e\n" + self.command(allocation, index) + "\n",
+            **self.kv(allocation, index).files,
         }
 
     def command(self, allocation: Allocation, index: ModelIndex) -> str:

@@ -3,15 +3,17 @@
 Engines take one type for all layers (llama.cpp one for K and one for V, vLLM one pair and a list of layers that stay at
 16 bits). The nearest setting is the smallest that gives the average layer no fewer bits than planned; what then differs is
 said, layer by layer. Sources: llama.cpp's --cache-type-k/v, vLLM's --kv-cache-dtype and --kv-cache-dtype-skip-layers,
-mlx_lm's --kv-bits, transformers' QuantizedCache (all read 2026-07).
+mlx_lm's --kv-bits (all read 2026-07). transformers' QuantizedCache takes one number of bits too, but its layers can be put
+together one by one in Python (5.23): each has one number of bits for K and V, and cannot slide.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from bitatlas.analysis.schema import KV16, Allocation, KvPair, ModelIndex
+from bitatlas.analysis.schema import KV16, Allocation, KvGeometry, KvPair, ModelIndex
 
 __all__ = ["KvSetting", "kv_setting"]
 
@@ -43,6 +45,7 @@ class KvSetting:
 
     Attributes:
         flags: for its command line, "" for 16 bits.
+        files: name -> text, where the cache is made in Python.
         bits: of K and V where the flags apply.
         exact: every layer gets the bits that were planned.
         notes: what differs from the plan.
@@ -52,6 +55,7 @@ class KvSetting:
     bits: tuple[int, int]
     exact: bool
     notes: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def kv_setting(engine: str, allocation: Allocation, index: ModelIndex) -> KvSetting:
@@ -69,11 +73,7 @@ def kv_setting(engine: str, allocation: Allocation, index: ModelIndex) -> KvSett
             (f"the KV cache of {len(plan)} layers is packed as planned when bitatlas generates",),
         )
     if engine not in _OPTIONS:
-        return KvSetting(
-            "", (16, 16), False,
-            ("the KV formats are not applied: transformers' own QuantizedCache takes one number of bits for all layers; "
-             "pass past_key_values=PackedKvCache(model.config, plan) of bitatlas.kernels.kv.cache to generate",),
-        )  # fmt: skip
+        return _transformers(allocation, index.kv, wanted)
     packed = {layer: bits for layer, bits in wanted.items() if bits != (16, 16)}
     # Layers at 16 bits can be left out of vLLM's setting; elsewhere they count.
     asked = packed if engine == "vllm" else wanted
@@ -102,3 +102,57 @@ def kv_setting(engine: str, allocation: Allocation, index: ModelIndex) -> KvSett
         notes.append(f"{words}; {len(fewer)} layers get fewer bits than planned, {len(more)} get more")
     notes.append(f"{_OWN_CODES[engine]}: the KV damage was measured for other codes")
     return KvSetting(flags, chosen, exact, tuple(notes))
+
+
+def _transformers(
+    allocation: Allocation, geometry: KvGeometry, wanted: Mapping[int, tuple[int, int]]
+) -> KvSetting:
+    """A cache of HQQ layers where the plan packs, of transformers' own layers elsewhere."""
+    bits = {
+        layer: min(b for b in (2, 4, 8, 16) if b >= sum(pair) / 2 - 0.1)
+        for layer, pair in wanted.items()
+        if not geometry.windows[layer]
+    }
+    packed = {layer: b for layer, b in bits.items() if b < 16}
+    planned = [layer for layer, pair in wanted.items() if pair != (16, 16)]
+    if not packed:
+        return KvSetting(
+            "",
+            (16, 16),
+            False,
+            ("transformers has no quantised KV layer for this plan: the cache stays at 16 bits",),
+        )
+    notes = [f"kv_cache.py makes the KV cache for transformers: {len(packed)} layers packed by hqq, "
+             "model.generate(..., past_key_values=kv_cache(model))"]  # fmt: skip
+    apart = [layer for layer in planned if layer in bits and wanted[layer] != (bits[layer],) * 2]
+    if apart:
+        notes.append(f"K and V of a layer share their bits there: {len(apart)} layers get the nearest")
+    sliding = [layer for layer in planned if geometry.windows[layer]]
+    if sliding:
+        notes.append(
+            f"{len(sliding)} layers with a sliding KV window stay at 16 bits: no quantised layer slides"
+        )
+    notes.append(
+        "hqq rounds groups of channels of a token, keys too: the KV damage was measured for other codes"
+    )
+    group = math.gcd(64, geometry.head_dim, geometry.v_dim or geometry.head_dim)
+    script = _CACHE % (packed, group, allocation.kv_block + allocation.kv_residual)
+    chosen = max(packed.values())
+    return KvSetting("", (chosen, chosen), not apart and not sliding, tuple(notes), {"kv_cache.py": script})
+
+
+_CACHE = '''"""The KV cache as planned: model.generate(..., past_key_values=kv_cache(model)); needs the hqq package."""
+from transformers import DynamicCache
+from transformers.cache_utils import HQQQuantizedLayer
+
+BITS = %r  # layer -> bits of K and V; the others stay at 16
+
+
+def kv_cache(model):
+    cache = DynamicCache(config=model.config)
+    for layer, bits in BITS.items():
+        cache.layers[layer] = HQQQuantizedLayer(
+            nbits=bits, axis_key=1, axis_value=1, q_group_size=%d, residual_length=%d
+        )
+    return cache
+'''

@@ -80,6 +80,7 @@ class TorchAo(Target):
             "fqn_to_config.json": "{\n" + ",\n".join(rows) + "\n}\n",
             "quantize.py": _SCRIPT,
             "run.sh": "#!/bin/sh\nset -e\n" + self.command(allocation, index) + "\n",
+            **self.kv(allocation, index).files,
         }
 
     def command(self, allocation: Allocation, index: ModelIndex) -> str:
