@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitatlas.kernels import tuned
 from bitatlas.kernels.packed.matrix import PackedMatrix
 from bitatlas.kernels.triton_bits import product, stream_values
 
@@ -22,6 +23,7 @@ __all__ = ["ExpertTable", "Routing", "grouped_linear", "route"]
 
 _FIELDS = 6  # codes, scales, zeros, bits, group, groups
 _STEP = 32  # columns in one step; divides every group size
+_TILE = 16, 64  # pairs and rows of W in a tile where nothing was measured (`kernels.tuned`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +144,18 @@ def grouped_kernel(
     tl.store(out + at_out, total.to(out.dtype.element_ty), mask=live[:, None] & (row[None, :] < n))
 
 
-def route(top_k_index: Tensor, table: ExpertTable, block: int = 16) -> Routing:
+def _tile(device: torch.device, table: ExpertTable, pairs: int) -> tuple[int, int]:
+    return tuned.experts(device, table.rows, table.cols, pairs, len(table.bits)) or _TILE
+
+
+def route(top_k_index: Tensor, table: ExpertTable, block: int | None = None) -> Routing:
     """Sort the chosen pairs by expert and cut them into tiles, the experts with the most bits first.
 
     Args:
         top_k_index: (tokens, k); indices beyond the experts choose nobody.
-        block: pairs in a tile.
+        block: pairs in a tile; as measured on this GPU when left out.
     """
+    block = block or _tile(top_k_index.device, table, top_k_index.numel())[0]
     experts, k = len(table.bits), top_k_index.shape[1]
     flat = top_k_index.reshape(-1)
     order = torch.argsort(flat, stable=True)
@@ -164,16 +171,25 @@ def route(top_k_index: Tensor, table: ExpertTable, block: int = 16) -> Routing:
 
 
 def grouped_linear(
-    x: Tensor, source: Tensor, routing: Routing, table: ExpertTable, *, rows: int = 64
+    x: Tensor,
+    source: Tensor,
+    routing: Routing,
+    table: ExpertTable,
+    *,
+    rows: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """(pairs, rows): each pair's input row times its expert's matrix.
 
     Args:
         x: (any, cols); source: (pairs,) which row of x each sorted pair takes.
-        rows: rows of W in a tile.
+        rows: rows of W in a tile; as measured on this GPU when left out.
+        out: written to where given; pairs in none of the tiles are left as they are.
     """
-    out = torch.empty(source.shape[0], table.rows, dtype=x.dtype, device=x.device)
-    if out.numel():
+    if out is None:
+        out = torch.empty(source.shape[0], table.rows, dtype=x.dtype, device=x.device)
+    rows = rows or _tile(x.device, table, source.shape[0])[1]
+    if out.numel() and routing.tiles.numel():
         grid = (routing.tiles.shape[0], triton.cdiv(table.rows, rows))
         grouped_kernel[grid](
             x.contiguous(),

@@ -16,8 +16,14 @@ from torch import Tensor
 from bitatlas.kernels.kv.formats import KvFormat
 from bitatlas.kernels.kv.quantize import PackedKv
 from bitatlas.kernels.packing import packed_words
+from bitatlas.kernels.tuned import kv_chunk
 
 __all__ = ["decode_attention", "pack_kv"]
+
+_CHUNK = (
+    512,
+    32,
+)  # packed tokens of one program, and of one step of it, where nothing was measured (`kernels.tuned`)
 
 
 @triton.jit
@@ -165,8 +171,8 @@ def decode_attention(
     k_plain: Tensor,
     v_plain: Tensor,
     scaling: float,
-    chunk: int = 512,
-    tile: int = 32,
+    chunk: int | None = None,
+    tile: int | None = None,
     first: int = 0,
 ) -> Tensor:
     """Attention of one new token over packed and plain keys.
@@ -175,7 +181,7 @@ def decode_attention(
         q: (B, heads, D); heads is a multiple of K's.
         k, v: packed part. k_plain, v_plain: the 16-bit window, (B, H, n, D), the new token in it.
         scaling: of the scores.
-        chunk: packed tokens of one program; tile: of one step of it.
+        chunk: packed tokens of one program; tile: of one step of it. As measured on this GPU when both are left out.
         first: packed tokens before it are not looked at (a window that slides over blocks).
 
     Returns:
@@ -184,6 +190,9 @@ def decode_attention(
     b, heads, d = q.shape
     h, tokens, dv = k.words.shape[1], k.tokens, v.dim
     group = heads // h
+    if chunk is None and tile is None:
+        chunk, tile = kv_chunk(q.device, (k.fmt.bits, v.fmt.bits), d, b * h, max(tokens - first, 1)) or _CHUNK
+    chunk, tile = chunk or _CHUNK[0], tile or _CHUNK[1]
     splits = triton.cdiv(max(tokens - first, 0), chunk)
     shape = (b, heads, splits)
     out = torch.zeros(*shape, dv, dtype=torch.float32, device=q.device)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from bitatlas.kernels.packed.matrix import PackedMatrix
 from bitatlas.kernels.triton_bits import product, scale_and_zero, stream_values
-from bitatlas.kernels.tuned import launch
+from bitatlas.kernels.tuned import launch, many_rows
 
 __all__ = ["dequantize", "linear", "linear_fused", "supports"]
 
-_MANY_ROWS = 256  # from here on a dense product wins over unpacking again for every block of rows
+# From here on a dense product wins over unpacking again for every block of rows; where nothing was measured (`kernels.tuned`).
+_MANY_ROWS = 256
 _PROGRAMS = 4 * 132  # enough to fill a large GPU four times over
 
 
@@ -134,7 +135,7 @@ def linear_fused(
 def linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
     """``x (..., cols) @ W.T`` -> (..., rows): fused for few rows, dequantise and multiply for many."""
     flat = x.reshape(-1, matrix.cols)
-    if flat.shape[0] >= _MANY_ROWS:
+    if flat.shape[0] >= (many_rows(x.device, matrix.format.bits, matrix.rows, matrix.cols) or _MANY_ROWS):
         out = flat @ dequantize(matrix, x.dtype).T
     elif flat.shape[0] == 0:
         out = flat.new_zeros(0, matrix.rows)

@@ -34,6 +34,7 @@ FORMATS = (
     "int8-channel-sym",
 )
 SHAPES = ((1, 70, 97), (17, 5, 128))  # rows of x, rows of W, columns
+LARGE = ((1, 1030, 2048), (40, 520, 1184), (300, 260, 2048))  # on a GPU, with the launches that are used
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Inputs are rounded to the dtype before both sides see them; what is left is summation order and the output's rounding.
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}
@@ -76,6 +77,19 @@ def dequantize(name: str, device: str) -> float:
     return (got.cpu() - quantize_dequantize(weight, parse_format(name))).abs().max().item()
 
 
+def linear_large(name: str, dtype: str, device: str) -> float:
+    """As `linear`, through the door that models use: own choice of tiles, splits and of dequantising."""
+    from bitatlas.kernels import triton_linear
+
+    worst = 0.0
+    for m, n, k in LARGE:
+        weight, x = noise(n, k, seed=1), noise(m, k, seed=2).to(DTYPES[dtype])
+        got = triton_linear.linear(x.to(device), matrix(weight, name, device))
+        want = x.double() @ quantize_dequantize(weight, parse_format(name)).double().T
+        worst = max(worst, relative(got, want))
+    return worst
+
+
 def linear(name: str, dtype: str, device: str, splits: int | None = None) -> float:
     from bitatlas.kernels import triton_linear
 
@@ -92,12 +106,12 @@ def linear(name: str, dtype: str, device: str, splits: int | None = None) -> flo
     return worst
 
 
-def experts(dtype: str, device: str) -> float:
+def experts(dtype: str, device: str, chosen: int = 2, n: int = 40, k: int = 97) -> float:
     from bitatlas.kernels import triton_experts
 
     names = ("int2-g32", "bf16", "int4-g64-sym", "int3-channel", "int8-g32", "fp16", "int6-channel-sym", "int5-g64",
              "int5-g32-sym")  # fmt: skip
-    count, chosen, n, k = len(names), 2, 40, 97
+    count = len(names)
     tokens = 18 + count
     weights = [noise(n, k, seed=e) for e in range(count)]
     table = triton_experts.ExpertTable.build(
@@ -169,24 +183,26 @@ def kv_pack(name: str, device: str) -> float:
     return 0.0
 
 
-def kv_decode(pair: str, dtype: str, device: str) -> float:
+def kv_decode(
+    pair: str, dtype: str, device: str, tokens: int = 40, dims: tuple[int, int] = (20, 12), **launch: int
+) -> float:
     """Decode attention over packed tokens and a window, grouped heads, against dense attention in double."""
     from bitatlas.kernels import triton_kv
 
     formats, block = parse_pair(pair), 8
-    x, y = noise(2, 3, 40, 20, seed=1), noise(2, 3, 40, 12, seed=2)
+    x, y = noise(2, 3, tokens, dims[0], seed=1), noise(2, 3, tokens, dims[1], seed=2)
     packed = [reference_kv(z, f, block) for z, f in zip((x, y), formats, strict=True)]
-    window = [noise(2, 3, 5, n, seed=n).to(DTYPES[dtype]) for n in (20, 12)]
-    q = noise(2, 6, 20, seed=3).to(DTYPES[dtype])
+    window = [noise(2, 3, 5, n, seed=n).to(DTYPES[dtype]) for n in dims]
+    q = noise(2, 6, dims[0], seed=3).to(DTYPES[dtype])
     moved = [p.map(lambda t: t.to(device)) for p in packed]
     got = triton_kv.decode_attention(
-        q.to(device), *moved, *(w.to(device) for w in window), 0.3, chunk=24, tile=16
+        q.to(device), *moved, *(w.to(device) for w in window), dims[0] ** -0.5, **launch
     )
     k, v = (
         torch.cat([p.dequantize().double(), w.double()], 2).repeat_interleave(2, 1)
         for p, w in zip(packed, window, strict=True)
     )
-    want = torch.softmax((q.double()[:, :, None] @ k.transpose(-1, -2)) * 0.3, -1) @ v
+    want = torch.softmax((q.double()[:, :, None] @ k.transpose(-1, -2)) * dims[0] ** -0.5, -1) @ v
     assert got.dtype == q.dtype
     return relative(got, want[:, :, 0])
 
@@ -280,11 +296,27 @@ def cases(device: str) -> dict[str, Callable[[], float]]:
     for name in (n for n, f in KV_FORMATS.items() if f.bits < 16):
         out[f"kv-pack-{name}"] = lambda name=name: kv_pack(name, device)
     for pair, dtype in KV_DECODES:
-        out[f"kv-decode-{pair}-{dtype}"] = lambda pair=pair, dtype=dtype: kv_decode(pair, dtype, device)
+        out[f"kv-decode-{pair}-{dtype}"] = lambda pair=pair, dtype=dtype: kv_decode(
+            pair, dtype, device, chunk=24, tile=16
+        )
     for family in KV_MODELS:
         out[f"kv-model-{family}-fp32"] = lambda family=family: kv_model(family, device)
     for dtype in DTYPES:
         out[f"experts-{dtype}"] = lambda dtype=dtype: experts(dtype, device)
+    return out | (large(device) if device == "cuda" else {})
+
+
+def large(device: str) -> dict[str, Callable[[], float]]:
+    """The same on shapes that take many programs, launched as models launch them; too slow for the interpreter."""
+    out: dict[str, Callable[[], float]] = {}
+    for name, dtype in itertools.product(FORMATS, DTYPES):
+        out[f"large-linear-{name}-{dtype}"] = lambda name=name, dtype=dtype: linear_large(name, dtype, device)
+    for dtype in DTYPES:
+        out[f"large-experts-{dtype}"] = lambda dtype=dtype: experts(dtype, device, n=768, k=1056)
+    for pair, dtype in KV_DECODES:
+        out[f"large-kv-decode-{pair}-{dtype}"] = lambda pair=pair, dtype=dtype: kv_decode(
+            pair, dtype, device, tokens=3000, dims=(128, 64)
+        )
     return out
 
 
