@@ -181,7 +181,7 @@ def _show_answers(job: str) -> None:
     if status["state"] != "done":
         st.caption(f"{status['state']}: {status['done']} of {status['total']} answers")
         return
-    view = views.build_answers(status["result"])
+    view = views.build_answers(tasks.answers_of(job))
     st.markdown(f"**{view.title}**")
     st.caption(view.detail)
     st.dataframe(pd.DataFrame(view.rows), hide_index=True)

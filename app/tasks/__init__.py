@@ -33,10 +33,11 @@ from bitatlas.app.tasks.solving import (
     solve,
 )
 from bitatlas.app.tasks.truth import submit_random_allocations, truth
-from bitatlas.app.tasks.verifying import answers, submit_answers, submit_verify, verify
+from bitatlas.app.tasks.verifying import answers, answers_of, submit_answers, submit_verify, verify
 
 __all__ = [
     "answers",
+    "answers_of",
     "agree",
     "applicable_metrics",
     "bench_kernels",

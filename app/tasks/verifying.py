@@ -8,7 +8,7 @@ from typing import Any
 
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
 from bitatlas.app.devices import check_place
-from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
+from bitatlas.app.tasks.jobs import jobs_show, status_dict, submit, submit_and_wait
 from bitatlas.app.tasks.measuring import calibration_file, file_digest
 from bitatlas.app.tasks.models import fit_length, register
 from bitatlas.app.tasks.solving import read_allocation
@@ -16,7 +16,7 @@ from bitatlas.cache.keys import digest
 from bitatlas.cache.paths import Home
 from bitatlas.cache.store import Store
 
-__all__ = ["answers", "quantizer_params", "submit_answers", "submit_verify", "verify"]
+__all__ = ["answers", "answers_of", "quantizer_params", "submit_answers", "submit_verify", "verify"]
 
 Named = str | Path | Allocation
 
@@ -205,6 +205,15 @@ def answers(
     on_progress: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
     """Both models' greedy answers, prompt by prompt, with changed refusals and the tail of KL where it was verified."""
+    from bitatlas.app.work.answers import with_tail
+
     job = submit_answers(model, packed, prompts, max_new_tokens=max_new_tokens, device=device, dtype=dtype)
     status = submit_and_wait(job, wait, on_progress)
-    return status.result if wait and status.result else status_dict(status)
+    return with_tail(status.result, Home.default()) if wait and status.result else status_dict(status)
+
+
+def answers_of(job: str) -> dict[str, Any]:
+    """What `answers` returns, of a job that is done."""
+    from bitatlas.app.work.answers import with_tail
+
+    return with_tail(jobs_show(job)["result"], Home.default())

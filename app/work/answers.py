@@ -12,10 +12,10 @@ from bitatlas.app.jobs.work import Work
 from bitatlas.app.talker import Talker
 from bitatlas.app.work.checkpoint import loadable, unchanged
 from bitatlas.cache.keys import digest
-from bitatlas.cache.paths import atomic_write
+from bitatlas.cache.paths import Home, atomic_write
 from bitatlas.cache.store import Store
 
-__all__ = ["AnswersWork", "refuses"]
+__all__ = ["AnswersWork", "refuses", "with_tail"]
 
 _REFUSALS = ("i can't", "i cannot", "i can not", "i'm sorry", "i am sorry", "i'm unable", "i am unable", "i won't",
              "i will not", "as an ai", "i'm not able", "i am not able", "it is not appropriate")  # fmt: skip
@@ -26,6 +26,18 @@ def refuses(answer: str) -> bool:
     """Whether the first sentence of an answer refuses: a list of phrases, English only. A hint for people, not a verdict."""
     first = _SENTENCE.split(answer.strip().lower().replace("\u2019", "'"), maxsplit=1)[0]
     return any(phrase in first for phrase in _REFUSALS)
+
+
+def with_tail(result: dict[str, Any], home: Home) -> dict[str, Any]:
+    """The result of a job with the KL of the folder as it was last verified, which may be after the job was done."""
+    if "model_digest" not in result:  # of an earlier version
+        return result
+    tail = [
+        {k: v[k] for k in ("kl_mean", "kl_p50", "kl_p99", "flips")}
+        for v in Store(home).verifications(result["model_digest"])
+        if v.get("packed") == result["packed"]
+    ]
+    return result | {"tail": tail[:1]}
 
 
 class AnswersWork(Work):
@@ -77,14 +89,10 @@ class AnswersWork(Work):
                 "original_refuses": refuses(original), "packed_refuses": refuses(packed),
             })  # fmt: skip
         changed = sum(r["original_refuses"] != r["packed_refuses"] for r in rows)
-        tail = [
-            {k: v[k] for k in ("kl_mean", "kl_p50", "kl_p99", "flips")}
-            for v in Store(self.home).verifications(self.params["digest"])
-            if v.get("packed") == self.params["packed"]
-        ]
-        return {
+        result = {
             "answers": rows,
             "changed_refusals": changed,
             "packed": self.params["packed"],
-            "tail": tail[:1],
+            "model_digest": self.params["digest"],
         }
+        return with_tail(result, self.home)

@@ -17,9 +17,10 @@ from bitatlas.app.jobs.work import load_work
 from bitatlas.app.talker import Talker
 from bitatlas.app.tasks import verifying
 from bitatlas.app.views.verify import build_answers
-from bitatlas.app.work.answers import refuses
+from bitatlas.app.work.answers import refuses, with_tail
 from bitatlas.app.work.pack import pack_model
 from bitatlas.cache.paths import Home
+from bitatlas.cache.store import Store
 from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.formats import parse_format
 from bitatlas.kernels.kv.cache import PackedKvCache
@@ -126,6 +127,13 @@ def test_answers_side_by_side(
         assert row["original"] == Talker.original(index_model(model)).answer(turn, 4)
         assert row["packed"] == Talker.packed(packed).answer(turn, 4)
         assert row["same"] == (row["original"] == row["packed"])
+    # Verified after the job was done: the same request is the same job, and shows it all the same.
+    assert with_tail(result, home)["tail"] == []
+    kl = {"kl_mean": 0.1, "kl_p50": 0.05, "kl_p99": 2.5, "flips": 0.25}
+    row = {"model_digest": index_model(model).digest, "allocation": "a", "text_digest": "t", "tokens": 1, "kl_stderr": 0.0,
+           "ppl_before": 1.0, "ppl_after": 1.0, "floor": 0.0, "sequences": [0.1], "packed": result["packed"], **kl}  # fmt: skip
+    Store(home).put_verification(row)
+    assert with_tail(result, home)["tail"] == [kl]
     view = build_answers(result)
     assert view.title.startswith(f"{sum(not r['same'] for r in rows)} of 2 answers differ; 0 refusals")
     with pytest.raises(UserError, match="no prompt"):
