@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from math import isnan
 
 import numpy as np
 
@@ -19,6 +20,11 @@ def encode_frontier(frontier: Frontier) -> bytes:
         "formats": frontier.formats,
         "metric": frontier.metric,
         "solver": frontier.solver,
+        "cost": [
+            None if isnan(frontier.seconds) else frontier.seconds,
+            int(frontier.evaluations),
+            int(frontier.tokens),
+        ],
     }
     out = io.BytesIO()
     np.savez_compressed(
@@ -27,6 +33,7 @@ def encode_frontier(frontier: Frontier) -> bytes:
         payload_bytes=np.asarray(frontier.payload_bytes, np.int64),
         predicted=np.asarray(frontier.predicted, np.float64),
         choice=np.asarray(frontier.choice, np.uint8),
+        supported=np.asarray(frontier.supported, bool),
     )
     return out.getvalue()
 
@@ -40,9 +47,11 @@ def decode_frontier(data: bytes) -> Frontier:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as z:
             head = json.loads(bytes(z["head"]).decode())
+            seconds, evaluations, tokens = head.get("cost", (None, 0, 0))
             return Frontier(
                 tuple(head["units"]), tuple(head["formats"]), z["payload_bytes"], z["predicted"], z["choice"],
-                head["metric"], head["solver"],
+                head["metric"], head["solver"], z["supported"] if "supported" in z.files else np.zeros(0, bool),
+                float("nan") if seconds is None else float(seconds), int(evaluations), int(tokens),
             )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError("this is not a frontier file", found=str(e)) from None

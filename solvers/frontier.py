@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from bitatlas.analysis.schema import Frontier
@@ -25,7 +27,7 @@ def frontier(
 
     Solvers with FRONT give their whole front at once, thinned to at most ``points`` when it is longer; others
     solve ``points`` budgets, each within ``time_limit_s / points``. ``problem.limit_bytes`` is ignored. Damage is
-    the quadratic one where the problem has an interaction factor, for every solver.
+    the quadratic one where the problem has an interaction factor, for every solver. What all budgets cost is added up.
 
     Args:
         limits: the budgets to solve, instead of `budget_sweep`.
@@ -33,6 +35,7 @@ def frontier(
     Raises:
         UserError: from the solver.
     """
+    start, evaluations, tokens = time.perf_counter(), 0, 0
     easiest = problem.with_limit(max(problem.limit_bytes, problem.min_bytes))
     solver.check(easiest)
     if solver.FRONT and limits is None:
@@ -42,6 +45,7 @@ def frontier(
         each = time_limit_s / max(len(sweep), 1)
         solutions = [solver.solve(problem.with_limit(int(b)), seed=seed, time_limit_s=each) for b in sweep]
         choice = np.array([s.choice for s in solutions])
+        evaluations, tokens = (sum(getattr(s, name) for s in solutions) for name in ("evaluations", "tokens"))
     rows = np.arange(len(problem.units))
     payload = np.array([int(problem.bytes[rows, p].sum()) for p in choice], np.int64)
     # A solver that needs no damage may run without a metric; its front is then ordered by bytes alone.
@@ -57,6 +61,9 @@ def frontier(
         supported=supported_points(payload[keep], damage[keep]),
         metric=problem.metric,
         solver=solver.NAME,
+        seconds=time.perf_counter() - start,
+        evaluations=evaluations,
+        tokens=tokens,
     )
 
 

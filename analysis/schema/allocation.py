@@ -193,6 +193,8 @@ class Frontier:
         choice: (P, U) uint8, index into formats.
         supported: (P,) bool, on the lower convex hull (the others fill gaps).
         metric, solver: how it was made.
+        seconds, evaluations, tokens: what it cost; tokens are forward-equivalents of the real model (a backward pass counts
+            two). NaN and 0 where nothing was written down.
     """
 
     units: tuple[str, ...]
@@ -203,6 +205,9 @@ class Frontier:
     metric: str = ""
     solver: str = ""
     supported: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    seconds: float = float("nan")
+    evaluations: int = 0
+    tokens: int = 0
 
     def at(self, limit_bytes: int) -> int:
         """Index of the best point within ``limit_bytes``, -1 when even the cheapest is too large."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
-from bitatlas.analysis.schema import UserError
+from bitatlas.analysis.schema import MEASURED_KL, Allocation, UserError
 from bitatlas.app.charts import allocators as charts
 from bitatlas.app.studies import Study, open_store
+from bitatlas.app.tasks.interaction import has_probes, with_probes
 from bitatlas.app.views import allocators as views
 from bitatlas.app.views import fit as fit_views
 from bitatlas.app.views import fit_controls as controls
@@ -42,16 +45,21 @@ def page() -> None:
     with st.container(horizontal=True, vertical_alignment="bottom"):
         metric = st.selectbox("Metric", study.damage_metrics, index=controls.preferred(study.damage_metrics), key="allocators_metric",
                               bind="query-params", width=240)  # fmt: skip
-        known = [n for n, s in SOLVERS.items() if s.available() and not s.USES_INTERACTION]
+        probes = has_probes(study.tables[metric])
+        known = [n for n, s in SOLVERS.items() if s.available() and (probes or not s.USES_INTERACTION)]
         chosen = st.multiselect("Allocators", known, default=[n for n in _START if n in known], key="allocators", bind="query-params",
                                 format_func=lambda n: SOLVERS[n].TITLE)  # fmt: skip
     formats = tuple(controls.usual(study.tables[metric].formats))
     problem, cache = fit_cache.front(study, metric, formats, {})
+    cost = views.cost_of(study.runs[metric]) if metric in study.runs else None
     asked = [_front(study.index.digest, study.tables[metric].run, metric, formats, n, study) for n in chosen]
+    asked = [
+        replace(a, metric_tokens=cost.tokens) if cost and SOLVERS[a.name].NEEDS_DAMAGE else a for a in asked
+    ]
     asked += _searched(study)
     measured = fit_views.measured_points(study.verifications, fit_cache.sizes(study))
     view = views.build_allocators(
-        asked, cache, study.index.kept_bytes, measured, metric, fit_cache.unit_of(metric)
+        asked, cache, study.index.kept_bytes, measured, metric, fit_cache.unit_of(metric), cost
     )
     with head:
         title(view.title, view.detail)
@@ -59,12 +67,14 @@ def page() -> None:
                     alt=view.title)  # fmt: skip
     frame = pd.DataFrame(
         [{"allocator": r.title, "gap": r.gap, "points": len(r.damage), "seconds": r.seconds, "evaluations": r.evaluations,
-          "tokens": r.tokens, "damage": "measured KL" if r.measured else f"predicted, {view.metric}", "remark": r.words}
+          "tokens": r.tokens, "metric tokens": r.metric_tokens, "damage": "measured KL" if r.measured else f"predicted, {view.metric}", "remark": r.words}
          for r in view.rows]
     )  # fmt: skip
     st.dataframe(frame, hide_index=True, column_config={
         "gap": st.column_config.NumberColumn("gap to the bound, median", format="percent"), "seconds": st.column_config.NumberColumn(format="%.3g"),
-        "tokens": st.column_config.NumberColumn(help="Tokens that the real model read for the search; 0 = the table only")})  # fmt: skip
+        "evaluations": st.column_config.NumberColumn(help="Of the objective, over all points of the front; 0 = not counted, as where one sort gives the front"),
+        "tokens": st.column_config.NumberColumn(help="Forward-equivalent tokens that the real model read for the search; 0 = the table only"),
+        "metric tokens": st.column_config.NumberColumn(help="The same, for measuring the damages that it solves with")})  # fmt: skip
     cli_twin(
         command("frontier", study.index.path, metric=metric, solver=chosen[0] if chosen else "hull", formats=",".join(formats))
     )  # fmt: skip
@@ -77,21 +87,51 @@ def _front(
 ) -> views.Asked:
     """One solver's front, at most seventeen points and eight seconds."""
     problem, _ = fit_cache.front(_study, metric, formats, {})
-    solver, start = get_solver(name), time.perf_counter()
+    solver, words = get_solver(name), ""
     try:
-        found = frontier(problem, solver, points=_POINTS, time_limit_s=_SECONDS)
+        posed = with_probes(problem, _study.tables[metric], solver)
+        found = frontier(posed, solver, points=_POINTS, time_limit_s=_SECONDS)
     except UserError as error:
         return views.Asked(name, solver.TITLE, None, words=str(error).splitlines()[0])
-    return views.Asked(name, solver.TITLE, found, time.perf_counter() - start)
+    if solver.USES_INTERACTION:
+        # Drawn by the measure of all the others, so that the bound holds for it too.
+        found = replace(found, predicted=np.array([problem.objective(choice) for choice in found.choice]))
+        words = "chosen with pairs of units counted; its damage here is their sum without pairs, as for the others"
+    return views.Asked(name, solver.TITLE, found, found.seconds, found.evaluations, found.tokens, words=words)
 
 
 def _searched(study: Study) -> list[views.Asked]:
     """The fronts that searches on the real model have stored, the newest of each kind."""
-    store, out = open_store(), {}
-    for f in store.frontiers(study.index.digest):
-        if f["metric"] == "kl" and f["solver"] not in out:
-            tried = store.candidates(f["run"])
-            out[f["solver"]] = views.Asked(
-                f["solver"], f"{f['solver']} (search)", store.frontier(f["id"]), float("nan"), len(tried), sum(c.tokens for c in tried), True
-            )  # fmt: skip
-    return list(out.values())
+    newest: dict[str, dict[str, Any]] = {}
+    for f in open_store().frontiers(study.index.digest):
+        if f["metric"] == MEASURED_KL:
+            newest.setdefault(f["solver"], f)
+    return [_search(f["id"], f["run"], study) for f in newest.values()]
+
+
+@st.cache_resource(max_entries=128, show_spinner=False)
+def _search(id: str, run: str, _study: Study) -> views.Asked:
+    """A stored search: what it found and what that cost, both from the store."""
+    store = open_store()
+    found = store.frontier(id)
+    evaluations, tokens = found.evaluations, found.tokens
+    if (
+        not tokens
+    ):  # stored before fronts said what they cost: every candidate knows what had been spent by then
+        tried = store.candidates(run)
+        evaluations = len(tried)
+        tokens = max((int((c.extra or {}).get("forward_equivalents") or 0) for c in tried), default=0)
+    name, plans = (
+        found.solver,
+        (store.allocation(a.id) for a in _study.allocations if found.solver in a.solver),
+    )
+    about = next((p.provenance.settings for p in plans if _told(p).get("candidates") == run), {})
+    base = store.run(str(about["run"])) if about.get("run") else None
+    return views.Asked(
+        name, f"{name} (search)", found, found.seconds, evaluations, tokens, True, metric_tokens=views.cost_of(base).tokens if base else 0
+    )  # fmt: skip
+
+
+def _told(plan: Allocation) -> dict[str, Any]:
+    settings = plan.provenance.settings
+    return dict(settings.get("search") or settings.get("refined") or {})

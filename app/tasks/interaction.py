@@ -7,11 +7,18 @@ from dataclasses import replace
 import numpy as np
 
 from bitatlas.analysis.fisher.matrix import ProbeMatrix, load_probes
+from bitatlas.analysis.fisher.resampled import RESAMPLED
 from bitatlas.analysis.schema import SensitivityTable, UserError, parse_format
 from bitatlas.cache.paths import Home
 from bitatlas.solvers import Problem, Solver
 
-__all__ = ["with_interaction", "with_probes"]
+__all__ = ["has_probes", "with_interaction", "with_probes"]
+
+
+def has_probes(table: SensitivityTable, home: Home | None = None) -> bool:
+    """Whether part files of a metric made of probes are still there, told without reading them."""
+    folder = (home or Home.default()).root / "runs" / table.run
+    return table.metric in RESAMPLED and any(folder.glob("*.npz"))
 
 
 def with_probes(

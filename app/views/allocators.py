@@ -11,9 +11,10 @@ import numpy as np
 from bitatlas.analysis.schema import Frontier
 from bitatlas.app.views.fit import FrontLine, MeasuredPoint, front_line
 from bitatlas.app.views.words import count
+from bitatlas.cache.runs import RunInfo
 from bitatlas.solvers import FrontCache
 
-__all__ = ["AllocatorRow", "AllocatorsView", "Asked", "build_allocators"]
+__all__ = ["AllocatorRow", "AllocatorsView", "Asked", "MeasureCost", "build_allocators", "cost_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,9 @@ class Asked:
     """One allocator's answers: its front, and what they cost.
 
     Attributes:
-        frontier: payload bytes and damage; seconds: of solving it; evaluations, tokens: of the real model, 0 for none.
+        frontier: payload bytes and damage.
+        seconds: of solving or searching; evaluations: of the objective; tokens: forward-equivalents that the real model read
+            for the search, 0 for none; metric_tokens: the same for measuring the damages that it starts from.
         measured: the damages are measured KL in nats per token, not sums of the metric.
         words: why there is no front (frontier None).
     """
@@ -34,6 +37,15 @@ class Asked:
     tokens: int = 0
     measured: bool = False
     words: str = ""
+    metric_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureCost:
+    """What measuring a metric took: forward-equivalent tokens of the real model (a backward pass counts two), seconds."""
+
+    tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +65,7 @@ class AllocatorRow:
     tokens: int
     measured: bool
     words: str
+    metric_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +90,15 @@ class AllocatorsView:
 
 
 def build_allocators(
-    asked: Iterable[Asked], cache: FrontCache, kept_bytes: int, measured: Sequence[MeasuredPoint], metric: str, unit: str
+    asked: Iterable[Asked], cache: FrontCache, kept_bytes: int, measured: Sequence[MeasuredPoint], metric: str, unit: str,
+    cost: MeasureCost | None = None,
 ) -> AllocatorsView:  # fmt: skip
     """Judge fronts against the lower bound of the same problem.
 
     Args:
         cache: the convex front of the problem that all predicted fronts solve.
         kept_bytes: added to payloads, so that sizes are what the file takes.
+        cost: of measuring ``metric``; None = unknown.
     """
     rows = sorted(
         (_row(a, cache, kept_bytes) for a in asked),
@@ -98,12 +113,23 @@ def build_allocators(
     else:
         title = "No allocator has answered yet"
     detail = "Gap: the median over a front of how far its damage lies above what no allocation of the same bytes can undercut."
+    if cost is not None:
+        read = f"{cost.tokens:,} forward-equivalent tokens of the real model" if cost.tokens else "no tokens"
+        lasted = f" and {cost.seconds:.0f} s" if np.isfinite(cost.seconds) else ""
+        detail += f" Measuring {metric} took {read}{lasted}, once for all who solve with it."
     found = [r for r in rows if r.measured and r.damage]
     if found:
         detail += f" {count(len(found), 'search', 'es')} measured on the real model are drawn with marks."
     return AllocatorsView(
         title, detail, tuple(rows), front_line(cache, kept_bytes), tuple(measured), metric, unit
     )
+
+
+def cost_of(run: RunInfo) -> MeasureCost:
+    """From what a run wrote down about itself."""
+    told = (run.provenance.get("settings") or {}).get("metric") or {}
+    seconds = run.finished - run.started if run.finished is not None else float("nan")
+    return MeasureCost(int(told.get("forward_tokens", 0)) + 2 * int(told.get("backward_tokens", 0)), seconds)
 
 
 def _percent(gap: float) -> str:
@@ -122,5 +148,5 @@ def _row(asked: Asked, cache: FrontCache, kept: int) -> AllocatorRow:
     return AllocatorRow(
         asked.name, asked.title, tuple(int(b) + kept for b in front.payload_bytes) if front is not None else (),
         tuple(float(d) for d in front.predicted) if front is not None else (), max(gap, 0.0) if gap == gap else gap, asked.seconds,
-        asked.evaluations, asked.tokens, asked.measured, asked.words,
+        asked.evaluations, asked.tokens, asked.measured, asked.words, asked.metric_tokens,
     )  # fmt: skip

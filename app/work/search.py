@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -123,10 +125,14 @@ class SearchWork(Work):
             state = dict(before)
         else:
             known = before["spent"] if before is not None else np.zeros(4)
-            started = self.objective.spent
+            started, clock = self.objective.spent, time.perf_counter()
             state = self.searcher.begin() if before is None else self.searcher.step(before, number)
             state = {k: np.asarray(v) for k, v in state.items()}
             state["spent"] = known + _numbers(self.objective.spent.minus(started))
+            # Old part files do not know it.
+            state["seconds"] = (
+                time.perf_counter() - clock + np.asarray(before.get("seconds", np.nan) if before else 0.0)
+            )
             rows = self.objective.take(number, int(known[0] + 2 * known[1]))
             Store(self.home).put_candidates(self._run_id, rows)
         save_part(folder, key, state)
@@ -157,7 +163,10 @@ class SearchWork(Work):
         )  # fmt: skip
         found = in_own_bytes(found, self.index)
         key = store.put_allocation(found)
-        front = self._front(store, choice, kl)
+        front = replace(
+            self._front(store, choice, kl), seconds=float(last.get("seconds", np.nan)),
+            evaluations=told["evaluations"], tokens=told["forward_equivalents"],
+        )  # fmt: skip
         result = {
             "allocation": key,
             "frontier": store.put_frontier(self.index.digest, front, self._run_id),

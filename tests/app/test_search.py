@@ -146,6 +146,8 @@ def test_what_it_leaves(case: dict[str, Any], evolved: dict[str, Any]):
         == allocation.budget.weights_bytes
     )
     front = store.frontier(result["frontier"])
+    assert (front.evaluations, front.tokens) == (result["evaluations"], result["forward_equivalents"])
+    assert front.seconds > 0
     assert (np.diff(front.payload_bytes) > 0).all()
     assert (np.diff(front.predicted) < 0).all()
 

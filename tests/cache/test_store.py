@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,10 +149,22 @@ def test_allocations_verifications_frontiers_candidates(store, index):
                  np.zeros((2, len(index.units)), np.uint8), "weight_error", "hull")  # fmt: skip
     fk = store.put_frontier(D, f, "r")
     back = store.frontier(fk)
+    assert np.isnan(back.seconds)
+    cost = replace(
+        f,
+        solver="priced",
+        supported=np.arange(len(f.predicted)) % 2 == 0,
+        seconds=1.5,
+        evaluations=7,
+        tokens=900,
+    )
+    priced = store.frontier(store.put_frontier(D, cost, "r"))
+    assert (priced.seconds, priced.evaluations, priced.tokens) == (1.5, 7, 900)
+    assert np.array_equal(priced.supported, cost.supported)
     assert (back.units, back.formats, back.metric, back.solver) == (f.units, f.formats, f.metric, f.solver)
     for name in ("payload_bytes", "predicted", "choice"):
         np.testing.assert_array_equal(getattr(back, name), getattr(f, name))
-    assert store.frontiers(D)[0]["id"] == fk
+    assert fk in [found["id"] for found in store.frontiers(D)]
 
     cs = [Candidate("h1", 2.0, 7, 100, {"gen": 1}), Candidate("h2", 1.0, 7, 100), Candidate("h3", math.nan)]
     assert store.put_candidates("r", cs) == 3

@@ -5,7 +5,7 @@ import pytest
 
 from bitatlas.analysis.schema import Allocation, Budget, UserError
 from bitatlas.solvers import Problem, choice_of, frontier, get_solver, to_allocation
-from bitatlas.solvers.frontier import supported_points
+from bitatlas.solvers.frontier import budget_sweep, supported_points
 from tests.conformance.problems import brute_force, random_problem
 
 FOUR = ["int2-g64", "int3-g64", "int4-g64", "int8-g64"]
@@ -29,6 +29,16 @@ def test_every_point_of_the_exact_front_is_an_optimum(seed):
     front = frontier(problem, get_solver("mckp"), points=11)
     for limit, damage in zip(front.payload_bytes, front.predicted):
         assert damage == pytest.approx(brute_force(problem.with_limit(int(limit))), abs=1e-9)
+
+
+def test_what_the_points_cost_is_added_up(index, make_table):
+    problem = Problem.build(index, make_table(), FOUR, 0)
+    solver, front = get_solver("random_best"), frontier(problem, get_solver("random_best"), points=4)
+    sweep = budget_sweep(problem, 4)
+    each = [solver.solve(problem.with_limit(int(b))).evaluations for b in sweep]
+    assert front.evaluations == sum(each) > 0
+    assert front.tokens == 0
+    assert front.seconds > 0
 
 
 def test_point_for_a_limit(index, make_table):

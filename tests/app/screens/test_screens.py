@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
-from bitatlas.analysis.schema import DamageRow
+from bitatlas.analysis.fisher.matrix import ProbeMatrix
+from bitatlas.analysis.schema import DamageRow, Frontier
 from bitatlas.app import state
 from bitatlas.app.screens import SCREENS
 from bitatlas.app.selection import Selection
 from bitatlas.cache.store import Store
+from bitatlas.solvers import SOLVERS
 from tests.app.screens.pages import heading, open_page
 
 
@@ -161,6 +164,34 @@ def test_run_estimates_before_it_starts(filled, home, tiny_checkpoint, monkeypat
     assert any("256 positions" in c.value for c in at.caption)
     at.multiselect(key="metrics").set_value([]).run()
     assert any("no metric is chosen" in e.value.lower() for e in at.error)
+
+
+def test_allocators_say_what_they_cost(filled, home):
+    """A search's cost comes from its front; a solver that counts pairs is offered where probes are stored."""
+    store = Store(home)
+    index = store.model(next(m["digest"] for m in store.models() if m["name"] == "dense-6"))
+    run = next(r for r in store.runs(index.digest) if r.metric == "fisher_projection")
+    table = store.table(run.run, run.metric, index.unit_keys())
+    pairs_title = SOLVERS["projection_descent"].TITLE
+    assert pairs_title not in open_page("allocators", study=filled[0]).multiselect(key="allocators").options
+    rng, shape = np.random.default_rng(0), table.damage.shape
+    a = np.sqrt(2 * 32 * table.damage) * rng.normal(size=(16, *shape))
+    ProbeMatrix(table.units, table.formats, a.astype(np.float32), np.ones((16, shape[0])), np.arange(16), np.full(16, 32.0),
+                np.full((16, shape[0]), 32), table.damage).save(home.runs(run.run) / "probes.npz")  # fmt: skip
+    choice = np.zeros((1, shape[0]), np.uint8)
+    front = Frontier(table.units, table.formats, np.array([100_000]), np.array([0.4]), choice, "kl", "path", seconds=12.5, evaluations=9, tokens=32768)  # fmt: skip
+    store.put_frontier(index.digest, front, "search-x")
+    at = open_page("allocators", study=filled[0])
+    assert pairs_title in at.multiselect(key="allocators").options
+    at.multiselect(key="allocators").set_value(["hull", "projection_descent"]).run()
+    assert not at.exception
+    rows = at.dataframe[0].value.set_index("allocator")
+    path = rows.loc["path (search)"]
+    assert (path["seconds"], path["evaluations"], path["tokens"]) == (12.5, 9, 32768)
+    pairs = rows.loc[pairs_title]
+    assert pairs["gap"] >= 0
+    assert pairs["evaluations"] > 0
+    assert "pairs" in pairs["remark"]
 
 
 def test_compare_with_the_unpinned_answer(filled):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from bitatlas.analysis.schema import null_nan, parse_format
 from bitatlas.app.charts.allocators import fronts_chart
 from bitatlas.app.theme import palette
-from bitatlas.app.views.allocators import Asked, build_allocators
+from bitatlas.app.views.allocators import Asked, build_allocators, cost_of
+from bitatlas.cache.runs import RunInfo
 from bitatlas.solvers import FrontCache, Problem, frontier, get_solver
 
 
@@ -27,6 +29,43 @@ def view(dense):
         "fisher_projection",
         "nats",
     )
+
+
+def test_what_asking_cost(dense, view):
+    run = RunInfo(
+        "r",
+        "m",
+        "fisher_projection",
+        (),
+        "",
+        {},
+        {"settings": {"metric": {"forward_tokens": 100, "backward_tokens": 50}}},
+        10.0,
+        52.0,
+    )
+    cost = cost_of(run)
+    assert (cost.tokens, cost.seconds) == (200, 42.0)
+    assert cost_of(replace(run, provenance={}, finished=None)).tokens == 0
+    table = dense.tables["fisher_projection"]
+    problem = Problem.build(dense.index, table, [parse_format(f) for f in table.formats], 1 << 60)
+    front = frontier(problem, get_solver("random_best"), points=3)
+    asked = Asked(
+        "random_best",
+        "random",
+        front,
+        front.seconds,
+        front.evaluations,
+        front.tokens,
+        metric_tokens=cost.tokens,
+    )
+    told = build_allocators([asked], FrontCache.of(problem), 0, [], "fisher_projection", "nats", cost)
+    assert (
+        "Measuring fisher_projection took 200 forward-equivalent tokens of the real model and 42 s"
+        in told.detail
+    )
+    (row,) = told.rows
+    assert (row.metric_tokens, row.evaluations) == (200, front.evaluations)
+    assert "Measuring" not in view.detail
 
 
 def test_gaps_against_the_lower_bound(dense, view):
