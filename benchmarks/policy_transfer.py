@@ -95,7 +95,7 @@ def main() -> None:
             for (facts, choice), kl, error in zip(made, scores.mean.tolist(), scores.stderr.tolist()):
                 record = {
                     "learner": LEARNER, "source": source.index.name, "model": bench.index.name, "bits": bits, **facts, "payload_bytes": bench.problem(bits).payload(choice),
-                    "kl": kl, "kl_stderr": error, "training_tokens": paid[bits], "seed": args.seed, "held_out_tokens": args.tokens,
+                    "kl": kl, "kl_stderr": error, "training_tokens": paid[bits], "cliff": args.cliff, "seed": args.seed, "held_out_tokens": args.tokens,
                     "held_out": bench.held_out.digest[:16], "formats": args.formats, "dtype": "bfloat16" if args.bf16 else "float32",
                     "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": platform.machine(), "torch": torch.__version__,
                     "python": platform.python_version(),
@@ -114,7 +114,7 @@ def trained(bench: Bench, bits: float, args: argparse.Namespace) -> tuple[dict[s
     before = bench.spent
     search = get_searcher("ramp")(
         bench.problem(bits), bench.engine, seed=args.seed, features=bench.features,
-        settings={"steps": args.rounds, "tokens": args.round_tokens, "judge_tokens": 2 * args.round_tokens},
+        settings={"steps": args.rounds, "tokens": args.round_tokens, "judge_tokens": 2 * args.round_tokens, "cliff": args.cliff},
     )  # fmt: skip
     state = search.begin()
     for number in range(1, args.rounds + 1):
@@ -187,6 +187,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--ram-gib", type=float, default=4.0, help="for quantised weights")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument(
+        "--cliff", type=float, default=get_searcher("ramp").SETTINGS["cliff"], help="of the training's reward"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="benchmarks/results/policy_transfer.jsonl")
     return parser.parse_args()

@@ -29,11 +29,14 @@ class Ramp(Searcher):
 
     Features per unit: nine of `analysis.unit_features`, the effective bits given to the unit before, and the budget left
     per weight left. The reward falls with the log of the measured KL; beyond the budget it falls ten times as fast as for unused
-    budget, with a cliff of 1 at the edge. ``steps`` rounds of ``episodes`` rollouts on the same ``tokens``, the first of
-    them without noise, then ``updates`` of the networks on ``batch`` units in whole episodes; what looks best meets the best so far on
-    ``judge_tokens``. What is learned from is what was measured: the allocation after the knapsack. The networks see the features
-    with noise of ``blur`` standard deviations, so that a policy leans on no oddity of one model. It knows no unit by name and
-    can be applied unchanged to another model: ``policy`` with ``steps=0``.
+    budget. ``cliff`` adds a step at the edge: the policy feels it through the spread of what it asks for, and keeps away. It is off by
+    default, since the knapsack keeps to the bytes anyway and policies trained with it were worse (`docs/decisions.md`).
+
+    ``steps`` rounds of ``episodes`` rollouts on the same ``tokens``, the first of them without noise, then ``updates`` of the
+    networks on ``batch`` units in whole episodes; what looks best meets the best so far on ``judge_tokens``. What is learned from is
+    what was measured: the allocation after the knapsack. The networks see the features with noise of ``blur`` standard
+    deviations, so that a policy leans on no oddity of one model. It knows no unit by name and can be applied unchanged to
+    another model: ``policy`` with ``steps=0``.
     """
 
     NAME: ClassVar[str] = "ramp"
@@ -44,7 +47,7 @@ class Ramp(Searcher):
     HAS_POLICY: ClassVar[bool] = True
     SETTINGS: ClassVar[Mapping[str, Any]] = {
         "steps": 20, "episodes": 16, "tokens": 512, "judge_tokens": 2048, "updates": 32, "batch": 2048, "hidden": 32, "lr": 3e-3,
-        "blur": 0.5, "over": 10.0, "under": 1.0, "cliff": 1.0,
+        "blur": 0.5, "over": 10.0, "under": 1.0, "cliff": 0.0,
     }  # fmt: skip
 
     @classmethod
@@ -194,7 +197,7 @@ class Ramp(Searcher):
         s = self.settings
         out = Sac(
             _STATIC + 2, max(1, int(s["hidden"])), np.random.default_rng([self.seed, 10**6]), float(s["lr"]),
-            price=(-float(s["under"]), float(s["over"])),
+            price=(-float(s["under"]), float(s["over"])), cliff=float(s["cliff"]),
         )  # fmt: skip
         arrays = self.policy if state is None else state
         known = {k.removeprefix("policy."): v for k, v in arrays.items() if k.startswith("policy.")}

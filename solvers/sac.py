@@ -22,6 +22,8 @@ _ENTROPY = 0.0
 """Of an action, aimed at by the temperature: a spread of half a bit or more, else no unit changes its format and nothing is told."""
 _RESTORING, _INTEGRAL = 20.0, 0.1
 """Price of the bytes per share wanted too much: at once, and a step. Without the first it overshoots and swings."""
+_LEAST_SPREAD = 0.01
+"""Of the bytes of episodes, as a share of the budget: a policy without noise would see no cliff until it is over it."""
 
 
 class Mlp:
@@ -106,7 +108,7 @@ class Sac:
 
     def __init__(
         self, features: int, hidden: int, rng: np.random.Generator, lr: float = 3e-3,
-        price: tuple[float, float] = (-1.0, 10.0),
+        price: tuple[float, float] = (-1.0, 10.0), cliff: float = 0.0,
     ) -> None:  # fmt: skip
         self.nets = {
             "actor": Mlp((features, hidden, hidden, 2), rng, last=0.1),
@@ -117,7 +119,7 @@ class Sac:
         self.adams = {name: Adam(net.params, lr) for name, net in self.nets.items()}
         self.adams["temperature"] = Adam(self.temperature, lr)
         self.price = {"bytes": np.zeros(())}
-        self.hidden, self._limits = hidden, price
+        self.hidden, self._limits, self._cliff = hidden, price, cliff
 
     def act(self, state: np.ndarray, noise: np.ndarray | None, turn: np.ndarray | None = None) -> np.ndarray:
         """(N,) actions in (-1, 1) of states (N, features).
@@ -178,7 +180,8 @@ class Sac:
 
         Of the critics the one that sees more damage in an episode counts (the smaller Q). The bytes need no critic: their slope in
         every action is known. The price of the bytes is the slope of the reward at the budget, which lies between those on its two
-        sides; it rises while the policy wants more than the budget.
+        sides; it rises while the policy wants more than the budget. The cliff itself has no slope, but its expectation under the
+        policy's own spread has one: cliff * Phi(over / spread), with the share of an episode's bytes taken as Gaussian.
         """
         shape = e.bits.shape
         n = shape[0] * shape[1]
@@ -193,8 +196,10 @@ class Sac:
         slope = np.where((one[0] >= two[0])[:, None], one[1], two[1])
         # Where all units are alike, this is the price at which the budget is just spent.
         price = float(self.price["bytes"]) if self.adams["actor"].count else _PER_BIT * e.budget
-        over = float((bits @ e.weight).mean() / e.budget - 1)
-        due = np.clip(price + _RESTORING * over, *self._limits)
+        shares = bits @ e.weight / e.budget - 1  # (E,)
+        over, spread = float(shares.mean()), max(float(shares.std()), _LEAST_SPREAD)
+        step = self._cliff * np.exp(-0.5 * (over / spread) ** 2) / (np.sqrt(2 * np.pi) * spread)
+        due = np.clip(price + _RESTORING * over, *self._limits) + step
         total = (slope + due * e.weight / e.budget) * span * shape[1]  # as of one unit among equals
         through = -total.reshape(-1) * (1 - a**2)
         alpha = float(np.exp(self.temperature["log"]))

@@ -119,9 +119,20 @@ def test_policies_that_do_not_fit_are_refused(problem, trained):
 
 
 def test_the_reward_has_a_cliff_and_is_steeper_beyond_the_budget():
-    ramp, kl = _search(search_problem()), float(np.exp(-2))
+    ramp, kl = _search(search_problem(), settings={**SETTINGS, "cliff": 1.0}), float(np.exp(-2))
     assert ramp.reward(kl, 1.0) == pytest.approx(2.0)
     assert ramp.reward(kl, 0.9) == pytest.approx(1.9)
     assert ramp.reward(kl, 1.0001) < 1.0
     assert ramp.reward(kl, 1.1) == pytest.approx(0.0)
     assert np.isfinite(ramp.reward(0.0, 1.0))
+
+
+def test_the_cliff_reaches_the_policy():
+    problem = search_problem()
+    short = {**SETTINGS, "steps": 2, "updates": 8}
+    actors = [
+        _search(problem, settings={**short, "cliff": cliff}).run()["policy.actor.w0"]
+        for cliff in (0.0, 1.0, 1000.0)
+    ]
+    assert not np.array_equal(actors[0], actors[1])
+    assert not np.array_equal(actors[1], actors[2])

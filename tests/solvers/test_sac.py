@@ -141,3 +141,21 @@ def test_it_goes_on_from_its_arrays(taught):
     assert one.keys() == two.keys()
     assert all((one[k] == two[k]).all() for k in one)
     assert any((one[k] != v).any() for k, v in taught.arrays().items())  # it did learn on
+
+
+def test_a_cliff_at_the_budget_keeps_the_policy_below_it():
+    """The step of the reward is felt through the spread of what the policy asks for: the higher, the further it stays away."""
+    wanted = []
+    for cliff in (0.0, 1.0, 1000.0):
+        rng = np.random.default_rng(0)
+        e, learner = _episodes(rng, 16), Sac(3, 16, rng, lr=3e-3, cliff=cliff)
+        tail = []
+        for i in range(400):
+            learner.improve(e, rng)
+            if i >= 300:
+                bits = 2 + (learner.act(e.state[0], None) + 1) * 2
+                tail.append(bits @ e.weight / e.budget)
+        wanted.append(np.mean(tail))
+    assert wanted[0] == pytest.approx(1.0, abs=0.02)
+    assert wanted[0] > wanted[1] + 0.01
+    assert wanted[1] > wanted[2] + 0.01
