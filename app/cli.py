@@ -153,6 +153,9 @@ def solve(
     rare_floor: RareFloor = "",
     rare_below: RareBelow = 1,
     expert_ties: ExpertTies = "free",
+    quantizer: Annotated[
+        str, typer.Option(help="Only damage that was measured with this one; the newest without.")
+    ] = "",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where to write the allocation.")
     ] = None,
@@ -166,7 +169,7 @@ def solve(
         model, metric=metric, solver=solver, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
         kv_bits=kv_bits, kv_plan=kv_plan, kv=kv, kv_metric=kv_metric, reserve=reserve, formats=formats, pins=pin or [], target=target, seed=seed, output=output,
         latency_ms=latency_ms, bops=bops, active_bytes=active_bytes,
-        experts=ExpertRules(expert_groups, tuple(group_limit or ()), rare_floor, rare_below, expert_ties),
+        experts=ExpertRules(expert_groups, tuple(group_limit or ()), rare_floor, rare_below, expert_ties), quantizer=quantizer,
     )  # fmt: skip
     emit(tasks.describe_allocation(result, output), json_output, "allocation")
 

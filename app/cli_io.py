@@ -101,6 +101,7 @@ def _scan(data: dict[str, Any]) -> None:
 
 def _allocation(data: dict[str, Any]) -> None:
     on = "on the real model" if data["searched"] else f"on {data['metric']}"
+    on += f" with {data['quantizer']}" if data.get("quantizer") not in (None, "", "rtn") else ""
     print(
         f"{data['bits_per_weight']:.3f} bits per weight, {format_bytes(data['weights_bytes'])} ({data['status']}, {data['solver']} {on})"
     )

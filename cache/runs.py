@@ -37,6 +37,11 @@ class RunInfo:
     finished: float | None
     steps: int = 0
 
+    @property
+    def quantizer(self) -> str:
+        """How the codes were chosen whose damage it measured."""
+        return str(self.settings.get("quantizer", "rtn"))
+
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
@@ -162,13 +167,17 @@ class Runs(Part):
             ).fetchall()
         return [Emitted(m, run, tuple(formats), int(n), at) for m, run, formats, n, at in rows]
 
-    def latest_run(self, model_digest: str, metric: str, formats: Iterable[str] = ()) -> str | None:
+    def latest_run(
+        self, model_digest: str, metric: str, formats: Iterable[str] = (), quantizer: str = ""
+    ) -> str | None:
         """Newest finished run of the model that gave ``metric`` for all ``formats``; None when there is none.
 
-        A metric that does not depend on the format answers for every format.
+        A metric that does not depend on the format answers for every format. ``quantizer``: only a run that rounded with
+        this one; "" = any.
         """
         wanted = set(formats)
         for found in self.metrics_of(model_digest):
-            if found.metric == metric and (wanted <= set(found.formats) or found.formats == ("-",)):
+            fits = found.metric == metric and (wanted <= set(found.formats) or found.formats == ("-",))
+            if fits and (not quantizer or self.run(found.run).quantizer == quantizer):
                 return found.run
         return None

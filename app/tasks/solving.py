@@ -51,8 +51,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def find_table(store: Store, index: ModelIndex, metric: str, formats: tuple[str, ...]) -> SensitivityTable:
+def find_table(
+    store: Store, index: ModelIndex, metric: str, formats: tuple[str, ...], quantizer: str = ""
+) -> SensitivityTable:
     """The newest finished measurement of ``metric`` that covers ``formats``, or that does not depend on them.
+
+    ``quantizer``: only one that rounded with this; "" = the newest.
 
     Raises:
         UserError: never measured, or not for these formats.
@@ -62,7 +66,10 @@ def find_table(store: Store, index: ModelIndex, metric: str, formats: tuple[str,
             f"{metric} is about the KV cache, not about weights",
             fix="--metric fisher, and --kv for the cache",
         )
-    run = store.latest_run(index.digest, metric, formats)
+    run = store.latest_run(index.digest, metric, formats, quantizer)
+    if run is None and quantizer and store.latest_run(index.digest, metric, formats):
+        raise UserError(f"{metric} has not been measured with {quantizer}",
+                        fix=f"bitatlas measure {index.path} --metric {metric} --formats {','.join(formats)} --set quantizer={quantizer} --wait")  # fmt: skip
     if run is None:
         known = sorted({e.metric for e in store.metrics_of(index.digest)})
         raise UserError(
@@ -144,6 +151,7 @@ def _prepare(
     pins: list[str],
     target: str | None,
     algorithm: Solver,
+    quantizer: str = "",
 ) -> tuple[Store, ModelIndex, str, SensitivityTable | None, tuple[str, ...], dict[str, str], Limits | None]:
     index = register(model)
     store = Store(Home.default())
@@ -167,7 +175,7 @@ def _prepare(
         or algorithm.METRICS
         or store.latest_run(index.digest, metric, names) is not None
     ):
-        table = find_table(store, index, metric, names)
+        table = find_table(store, index, metric, names, quantizer)
     return store, index, metric, table, names, pinned, limits
 
 
@@ -194,6 +202,7 @@ def solve(
     bops: float | None = None,
     active_bytes: str | int | None = None,
     experts: ExpertRules | None = None,
+    quantizer: str = "",
     output: str | Path | None = None,
 ) -> Allocation:
     """The best allocation that a solver finds within a budget; stored, and written to ``output`` when named.
@@ -206,13 +215,18 @@ def solve(
     Further limits hold beside the bytes (`app.side_budgets`): ``latency_ms`` of one decoding step of ``batch`` sequences by the
     kernel table of this machine, ``bops`` per token (in 10^9), ``active_bytes`` read per step.
     ``experts``: limits on groups of experts, floors for rare ones, ties among them (`app.expert_rules`).
+    ``quantizer``: only a measurement that rounded with this one; by default the newest of any.
 
     Raises:
-        UserError: not measured, impossible budget (names the smallest possible one), a pin that matches nothing.
+        UserError: not measured, an unknown quantiser, impossible budget (names the smallest possible one), a pin that matches nothing.
     """
     check_seed(seed)
     at_least("context", context, 0)
     at_least("batch", batch, 1)
+    if quantizer:
+        from bitatlas.app.work.pack import check_quantizer
+
+        check_quantizer(quantizer)
     if kv and (fit is None or kv_bits != 16 or kv_plan):
         raise UserError("weights and KV cache share a budget of memory", found="--kv-bits or --kv-plan as well" if fit else "no --fit",
                         fix="--fit 8GiB --context 8192 --kv, without these")  # fmt: skip
@@ -225,7 +239,7 @@ def solve(
     solver = solver or ("ilp" if asked else "hull" if rules.limits else "mckp")
     algorithm = get_solver(solver)
     store, index, metric, table, names, pinned, limits = _prepare(
-        model, metric, formats, pins or [], target, algorithm
+        model, metric, formats, pins or [], target, algorithm, quantizer
     )
     problem = posed(algorithm, index, table, names, 0, pinned, limits, expert_ties(index, rules.ties))
     if rules:
@@ -381,6 +395,7 @@ def describe_allocation(allocation: Allocation, file: str | Path | None = None) 
         "model": allocation.model_name,
         "metric": allocation.metric,
         "solver": allocation.solver,
+        "quantizer": _measured_with(allocation),
         "status": allocation.status,
         "bits_per_weight": allocation.bits_per_weight,
         "payload_bytes": allocation.payload_bytes,
@@ -397,6 +412,12 @@ def describe_allocation(allocation: Allocation, file: str | Path | None = None) 
         "kv": dict(sorted(Counter("/".join(pair) for pair in allocation.kv.values()).items())),
         "file": str(file) if file else "",
     }
+
+
+def _measured_with(allocation: Allocation) -> str:
+    """The quantiser under which the damage was measured; "" where this store does not know the run."""
+    store, run = Store(Home.default()), str(allocation.provenance.settings.get("run") or "")
+    return next((r.quantizer for r in store.runs(allocation.model_digest) if r.run == run), "")
 
 
 def _in_engine(allocation: Allocation) -> dict[str, Any]:
