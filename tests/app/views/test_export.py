@@ -43,3 +43,36 @@ def test_refused_units_and_the_repaired_plan(index) -> None:
     assert VLLM.check(fixed, index).status == SERVABLE
     assert all((u.planned, u.after) == ("int3-channel", fixed.formats[u.unit]) for u in view.units)
     assert build_export(TARGETS["mlx"], plan, replace(index, model_type="nobody")).repaired == ""
+
+
+@pytest.mark.parametrize(
+    ("pick", "status"),
+    [
+        (lambda u: "int4-g32-sym", "servable"),
+        (lambda u: "int8-g32-sym" if u.expert == 3 else "int4-g32-sym", "loads but decodes wrong"),
+        (lambda u: "int3-channel" if u.expert < 0 else "int4-g32-sym", "rejected"),
+    ],
+)
+def test_files_and_command_are_there_unless_it_is_rejected(fakes, pick, status: str) -> None:
+    index = fakes.moe_index(layers=2, experts=4)
+    plan = plan_of(index, {u.key: "bf16" if u.layer < 0 else pick(u) for u in index.units})
+    view = build_export(VLLM, plan, index)
+    assert view.status == status
+    assert (
+        view.title
+        == f"{VLLM.TITLE} "
+        + {
+            "servable": "loads and serves this allocation",
+            "loads but decodes wrong": "would load this allocation and decode it wrong",
+            "rejected": "cannot load this allocation",
+        }[status]
+    )
+    usable = status != "rejected"
+    assert view.files == (VLLM.render(plan, index) if usable else {})
+    assert view.command == (VLLM.command(plan, index) if usable else "")
+    assert bool(view.reasons) == bool(view.units) == bool(view.change) == (status != "servable")
+    odd = {u.key for u in index.units if pick(u) != "int4-g32-sym" and u.layer >= 0}
+    assert odd <= {u.unit for u in view.units}
+    assert {u.unit for u in view.units if u.after} == odd  # the change touches no other
+    if odd:
+        assert VLLM.check(Allocation.from_json(view.repaired), index).status == "servable"
