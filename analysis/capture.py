@@ -92,8 +92,11 @@ class _Stream:
             with torch.no_grad():
                 whole = self._ctx.loaded.logits(ids)
                 hook.remove()
-                with replaced_blocks(self._blocks[:layer], (seen[0],) * layer):
-                    self._ctx.scratch["resumable"] = torch.equal(whole, self._ctx.loaded.logits(ids))
+                try:
+                    with replaced_blocks(self._blocks[:layer], (seen[0],) * layer):
+                        self._ctx.scratch["resumable"] = torch.equal(whole, self._ctx.loaded.logits(ids))
+                except Exception:  # noqa: BLE001 - a model that misses what a block left elsewhere may raise anything
+                    self._ctx.scratch["resumable"] = False
         return bool(self._ctx.scratch["resumable"])
 
     @contextmanager

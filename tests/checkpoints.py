@@ -68,6 +68,14 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
                 "linear_key_head_dim": 8, "linear_value_head_dim": 8,
                 "layer_types": ["linear_attention", "full_attention"]},
     ),
+    # The last two layers read the cache of the second and the first; two AltUp copies of the stream.
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        _DENSE | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 16, "tie_word_embeddings": True,
+                  "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": VOCAB,
+                  "hidden_size_per_layer_input": 12, "altup_num_inputs": 2, "laurel_rank": 6,
+                  "activation_sparsity_pattern": [0.0] * 4},
+    ),
     "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 4}),
 }  # fmt: skip
 """Families beyond the promised ones; they keep the rules honest."""
