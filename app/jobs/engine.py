@@ -36,7 +36,11 @@ def _handle(work: Work, request: dict[str, Any]) -> dict[str, Any]:
         return work.run(request["key"])
     if request["do"] == "finish":
         return work.finish()
-    return {"steps": work.plan(), "runs": work.runs()}
+    return _opened(work)
+
+
+def _opened(work: Work) -> dict[str, Any]:
+    return {"steps": work.plan(), "weights": work.weights(), "runs": work.runs()}
 
 
 def _serve(kind: str, home: Home, requests: TextIO, out: TextIO) -> None:
@@ -47,7 +51,7 @@ def _serve(kind: str, home: Home, requests: TextIO, out: TextIO) -> None:
             if work is None:
                 work = load_work(kind, request["params"], home)
                 work._report = lambda note, fraction: _answer(out, {"progress": [note, fraction]})
-                opened = {"steps": work.plan(), "runs": work.runs()}
+                opened = _opened(work)
             reply = opened if request["do"] == "plan" else _handle(work, request)
             # Made here, so that something JSON cannot carry is this step's error and not a broken pipe.
             text = json.dumps({"ok": reply})

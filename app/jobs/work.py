@@ -49,6 +49,10 @@ class Work(ABC):
     def plan(self) -> list[str]:
         """Step keys, deterministic and unique; seconds to a few minutes each. Called first in every engine."""
 
+    def weights(self) -> list[float]:
+        """What each step of the plan is expected to take, in seconds, for the time left; [] = all the same."""
+        return []
+
     def runs(self) -> list[dict[str, Any]]:
         """Runs of the store that the rows belong to: keyword arguments of `Store.begin_run`. [] = no rows.
 

@@ -97,7 +97,7 @@ def _store(session: Session, key: str, rows: Any) -> int:
 def _plan() -> dict[str, Any]:
     session = _mine()
     plan = _ask(session, {"do": "plan"})
-    return {"steps": list(plan["steps"]), "runs": list(plan["runs"])}
+    return {"steps": list(plan["steps"]), "weights": list(plan["weights"]), "runs": list(plan["runs"])}
 
 
 def _learn(session: Session) -> None:
@@ -165,7 +165,9 @@ def run_job(kind: str, params: dict[str, Any]) -> dict[str, Any]:
         plan = _plan()
         session.described = plan["runs"]
         session.runs = [run["run"] for run in plan["runs"]]
-        session.progress.total = len(plan["steps"])
+        session.progress.begin(
+            plan["steps"], plan.get("weights") or ()
+        )  # plans of earlier versions have none
         _run_units(session, plan["steps"])
         again = _missing(plan["steps"])
         _run_units(session, again)

@@ -28,6 +28,7 @@ __all__ = [
 Progress = Callable[[Any], None]
 _SELF = "self"
 _ALL = ["all"]
+_NAMED = 3  # metrics that a job's title names
 
 
 def metric_names(metric: str | Iterable[str]) -> tuple[str, ...]:
@@ -256,9 +257,9 @@ def submit_measure(
         device=device,
         dtype=dtype,
     )
-    return submit(
-        "measure", params, f"measure {', '.join(params['metrics'])} of {Path(params['model']).name}"
-    )
+    names = params["metrics"]
+    what = ", ".join(names) if len(names) <= _NAMED else f"{len(names)} metrics"
+    return submit("measure", params, f"measure {what} of {Path(params['model']).name}")
 
 
 def measure(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from bitatlas.analysis.cost import estimate
 from bitatlas.analysis.measure import MeasureContext, finish_metric, kept_arrays, run_step, step_saved
 from bitatlas.analysis.metrics import get_metric
 from bitatlas.analysis.metrics.base import Metric
@@ -94,6 +95,12 @@ class MeasureWork(Work):
                 keys += [f"{name}/{step}" for step in metric.plan(self.context)]
                 keys.append(f"{name}/{_FINISH}")
         return keys
+
+    def weights(self) -> list[float]:
+        """Each metric's estimated seconds, in equal shares for its steps."""
+        each = {name: estimate(metric, self.context) for name, metric in self.metrics.items()}
+        names = [key.partition("/")[0] for key in self.plan()]
+        return [each[name].seconds / (each[name].steps + 1) for name in names]
 
     def groups(self) -> list[list[str]]:
         """Keys of the weights-only metrics, those of the same step side by side."""

@@ -10,6 +10,7 @@ import torch
 from bitatlas.analysis.metrics import METRICS
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import Allocation, UserError
+from bitatlas.app.tasks import measuring
 from bitatlas.app.tasks.measuring import measure_params
 from bitatlas.app.tasks.searching import submit_search
 from bitatlas.app.tasks.truth import submit_random_allocations, truth
@@ -151,3 +152,29 @@ def test_a_measurement_takes_the_gpu_that_holds_the_model(
     for word in ("tpu", "auto"):
         with pytest.raises(UserError):
             work(**{"device": word} if word == "tpu" else {"dtype": word})
+
+
+def test_a_job_of_many_metrics_has_a_short_title(
+    tmp_path: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
+    titles = []
+    monkeypatch.setattr(measuring, "submit", lambda kind, params, title: titles.append(title) or "job")
+    model = tiny_checkpoint("llama")
+    for metric in ("weight_error,alphaq", "weight_error,alphaq,spectral,quantmoe_outlier"):
+        measuring.submit_measure(model, metric, formats="int4-g32")
+    assert titles == ["measure weight_error, alphaq of llama", "measure 4 metrics of llama"]
+
+
+def test_the_steps_of_dear_metrics_weigh_more(tmp_path: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 4000)
+    params = measure_params(tiny_checkpoint("llama"), "weight_error,hawq_trace", formats="int4-g32", calibration=text,
+                            tokens=256, seq_len=64, seed=0, settings=None)  # fmt: skip
+    work = MeasureWork(params, Home.default())
+    by_metric = {
+        name: {w for k, w in zip(work.plan(), work.weights()) if k.startswith(name)} for name in work.metrics
+    }
+    assert all(len(found) == 1 for found in by_metric.values())
+    assert by_metric["hawq_trace"].pop() > 5 * by_metric["weight_error"].pop() > 0

@@ -102,6 +102,57 @@ def test_eta_from_the_spread_of_the_steps():
     assert (event["done"], event["total"]) == (7, 12)
 
 
+def _through(plan, weights, seconds, upto):
+    p = Progress()
+    p.begin(plan, weights)
+    for s in seconds[:upto]:
+        p.step_done(s)
+    return p
+
+
+def test_eta_weighs_the_steps_left_by_their_metric():
+    """Cheap metrics come first: their pace says little about the dear ones, the estimates do."""
+    plan = [f"{m}/{i}" for m in ("a", "b", "c", "d", "dear") for i in range(8)]
+    estimated = {"a": 0.1, "b": 0.2, "c": 0.1, "d": 0.3, "dear": 4.0}
+    off = {"a": 1.5, "b": 2.5, "c": 2.0, "d": 1.8, "dear": 2.4}  # seconds per estimated second
+    weights = [estimated[key[:-2]] for key in plan]
+    seconds = [w * off[key[:-2]] for w, key in zip(weights, plan)]
+    for done in (3, 10, 31, 32, 36):
+        low, high = _through(plan, weights, seconds, done).eta()
+        assert low <= sum(seconds[done:]) <= high
+        assert high < 10 * low
+    blind = _through(plan, (), seconds, 31)
+    assert blind.eta()[1] < 0.5 * sum(seconds[31:])
+    # Once a metric runs, its own steps count; steps that have gone before it no longer do.
+    assert _through(plan, weights, seconds, 36).eta() == pytest.approx((4 * 4.0 * 2.4,) * 2)
+    assert _through(plan, weights, seconds, 40).eta() == pytest.approx((0, 0))
+
+
+def test_eta_knows_that_a_step_costs_something_beside_its_work():
+    """Steps of nothing but overhead do not make the dear ones look 50 times as dear as estimated."""
+    plan = (
+        [f"cheap/{i}" for i in range(20)]
+        + [f"middle/{i}" for i in range(8)]
+        + [f"dear/{i}" for i in range(20)]
+    )
+    weights = [0.01] * 20 + [0.5] * 8 + [2.0] * 20
+    seconds = [0.5 + 1.3 * w for w in weights]
+    for done in (5, 20, 28):
+        low, high = _through(plan, weights, seconds, done).eta()
+        assert low <= sum(seconds[done:]) <= high
+        assert high < 7 * low
+
+
+def test_eta_takes_estimates_as_they_come():
+    p = _through(["a/0", "a/1", "b/0"], [float("nan"), 0.0, -1.0], [2.0, 2.0], 2)
+    low, high = p.eta()
+    assert 0 < low < 2 < high
+    half = Progress()
+    half.begin(["a", "b"], [1.0])  # not of this plan
+    half.step_done(3.0)
+    assert half.eta() is not None
+
+
 def test_deaths_in_words():
     for code, word in (
         (-9, "memory"),
