@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from bitatlas.kernels.codebooks import entries
 from bitatlas.kernels.native import compiled, switched_off
 from bitatlas.kernels.packed.matrix import PackedMatrix
 
@@ -23,31 +24,17 @@ def library(*more: str) -> ctypes.CDLL | None:
     lib = compiled("cpu_linear.c", *_FLAGS, *more)
     if lib is None:
         return None
-    p, i64 = ctypes.c_void_p, ctypes.c_int64
-    lib.bitatlas_linear.argtypes = [
-        p,
-        i64,
-        p,
-        p,
-        i64,
-        p,
-        p,
-        p,
-        i64,
-        i64,
-        i64,
-        i64,
-        ctypes.c_int,
-        ctypes.c_int,
-    ]
-    lib.bitatlas_linear.restype = None
+    p, i64, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    lib.bitatlas_linear.argtypes = [p, i64, p, p, i64, p, p, p, i64, i64, i64, i64, number, number]
+    lib.bitatlas_table_linear.argtypes = [p, i64, p, i64, number, p, p, p, i64, i64, i64, i64, number, number]
+    lib.bitatlas_linear.restype = lib.bitatlas_table_linear.restype = None
     return lib
 
 
 def available(x: Tensor, matrix: PackedMatrix) -> bool:
-    """Whether `linear` takes this product: few rows, integer codes, no gradient wanted."""
+    """Whether `linear` takes this product: few rows, codes of integers or of a table, no gradient wanted."""
     fmt, rows = matrix.format, x.numel() // matrix.cols
-    if fmt.kind != "int" or not 0 < rows <= MOST_ROWS or switched_off():
+    if fmt.kind not in ("int", "codebook") or not 0 < rows <= MOST_ROWS or switched_off():
         return False
     if (
         x.device.type != "cpu"
@@ -67,8 +54,15 @@ def linear(x: Tensor, matrix: PackedMatrix, lib: ctypes.CDLL | None = None) -> T
     m, k = flat.shape
     group = fmt.group_size or k
     codes, scales, zeros = matrix.codes.contiguous(), matrix.scales.contiguous(), matrix.zeros
-    sums = torch.empty(m, fmt.groups(k))
     y = torch.empty(m, matrix.rows)
+    if fmt.kind == "codebook":
+        lib.bitatlas_table_linear(
+            codes.data_ptr(), codes.shape[1] * 4, scales.data_ptr(), 0 if fmt.per_tensor else scales.shape[1],
+            fmt.scale == "e8m0", entries(fmt.codebook).data_ptr(), flat.data_ptr(), y.data_ptr(),
+            m, matrix.rows, k, group, fmt.bits, torch.get_num_threads(),
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], matrix.rows).to(x.dtype)
+    sums = torch.empty(m, fmt.groups(k))
     lib.bitatlas_linear(
         codes.data_ptr(), codes.shape[1] * 4, scales.data_ptr(),
         0 if zeros is None else zeros.data_ptr(), 0 if zeros is None else zeros.numel() * 4,

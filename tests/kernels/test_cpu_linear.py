@@ -10,11 +10,13 @@ from bitatlas.kernels import cpu
 from bitatlas.kernels.formats import parse_format
 from bitatlas.kernels.packed.matrix import PackedMatrix, pack_weight
 from bitatlas.kernels.packed.modules import PackedLinear
+from bitatlas.kernels.packing import pack_codes
 from bitatlas.kernels.reference import quantize, quantize_dequantize
 
 FORMATS = [
     f"int{b}-{g}{s}" for b in (2, 3, 4, 5, 6, 8) for g in ("g32", "g128", "channel") for s in ("", "-sym")
 ]
+TABLES = ["nf4-g32", "nf4-g128", "fp4-g16", "fp4-g32", "mxfp4", "fp8-channel", "fp8-tensor"]
 PLAIN = ("-mno-avx512f", "-mno-avx2", "-mno-bmi2", "-mno-f16c")  # what other processors run
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")
 
@@ -25,7 +27,7 @@ def matrix(weight: torch.Tensor, name: str) -> PackedMatrix:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMATS + TABLES)
 @pytest.mark.parametrize("flags", [(), PLAIN], ids=["native", "plain"])
 def test_equals_the_reference(name: str, flags: tuple[str, ...]) -> None:
     library = cpu.library(*flags)
@@ -43,8 +45,36 @@ def test_equals_the_reference(name: str, flags: tuple[str, ...]) -> None:
 
 
 @needs_compiler
-def test_used_for_few_rows_only_and_keeps_dtype_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = PackedLinear(matrix(torch.randn(40, 64), "int4-g32"), torch.randn(40))
+@pytest.mark.parametrize("flags", [(), ("-mno-avx512f",), PLAIN], ids=["native", "avx2", "plain"])
+@pytest.mark.parametrize("name", ["nf4-g32", "mxfp4", "fp8-channel", "fp8-tensor"])
+def test_every_code_of_a_table_is_the_reference_s_to_the_last_bit(name: str, flags: tuple[str, ...]) -> None:
+    library = cpu.library(*flags)
+    if library is None:
+        pytest.skip("these flags are for x86")
+    fmt = parse_format(name)
+    codes = torch.arange(1 << fmt.bits, dtype=torch.uint8).repeat(1, 256 >> fmt.bits)
+    m = matrix(torch.randn(3, 256) * torch.tensor([[1e-3], [1.0], [1e3]]), name)
+    codes = codes.repeat(3, 1)
+    if fmt.bits == 8:
+        codes[:2, [127, 255]] = 0  # NaN
+    m.codes.copy_(pack_codes(codes, fmt.bits))
+    if fmt.scale == "e8m0":
+        m.scales[:2] = torch.tensor([0, 1, 127, 129, 2, 60, 200, 3], dtype=torch.uint8)
+    dense = m.dequantize()
+    for start in range(0, 256, 8):
+        x = torch.zeros(8, 256)
+        x[range(8), range(start, start + 8)] = 1
+        got, want = cpu.linear(x, m, library).T, dense[:, start : start + 8]
+        # A NaN code spoils all that it is summed with, also in the reference.
+        spoilt = dense.isnan().any(1)
+        assert torch.equal(got[~spoilt], want[~spoilt])
+        assert bool(got[spoilt].isnan().all())
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["int4-g32", "nf4-g64", "mxfp4", "fp8-tensor"])
+def test_used_for_few_rows_only_and_keeps_dtype_and_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = PackedLinear(matrix(torch.randn(40, 64), name), torch.randn(40))
     used = []
     linear = cpu.linear
     monkeypatch.setattr(cpu, "linear", lambda x, m: used.append(tuple(x.shape)) or linear(x, m))
