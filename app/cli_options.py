@@ -84,7 +84,10 @@ QuantizerText = Annotated[
     Path | None, typer.Option("--calibration", help="Text for gptq, awq and mse; the demo brings its own.")
 ]
 ExpertGrouping = Annotated[
-    str, typer.Option("--expert-groups", help="layer, frequency:4, damage:4, cluster:6, regex:PATTERN.")
+    str,
+    typer.Option(
+        "--expert-groups", "--groups", help="layer, role, frequency:4, damage:4, cluster:6, regex:PATTERN."
+    ),
 ]
 GroupLimits = Annotated[
     list[str] | None,

@@ -1,4 +1,4 @@
-"""Thousands of experts in a few groups: by layer, by how often they are chosen, by what they suffer, by likeness.
+"""Units in a few groups: experts by layer, by how often they are chosen, by what they suffer, by likeness; any units by role, name or choice.
 
 All projections of an expert are in its group. Pure: tables in, groups out; no store, no page.
 """
@@ -16,7 +16,7 @@ from bitatlas.app.selection import read_runs
 
 __all__ = ["EVIDENCE", "KINDS", "ExpertGroups", "group_experts", "parse_grouping", "tokens_reached"]
 
-KINDS = ("layer", "frequency", "damage", "cluster", "regex", "units")
+KINDS = ("layer", "role", "frequency", "damage", "cluster", "regex", "units")
 _MOST = 64
 EVIDENCE = (
     "routing_count",
@@ -31,7 +31,7 @@ EVIDENCE = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertGroups:
-    """names (G,) of the groups; of_unit (U,) group of each unit, -1 = no expert, or in none."""
+    """names (G,) of the groups; of_unit (U,) group of each unit, -1 = in none."""
 
     names: tuple[str, ...]
     of_unit: np.ndarray
@@ -43,9 +43,7 @@ class ExpertGroups:
             UserError: no such group.
         """
         if name not in self.names:
-            raise UserError(
-                f"there is no group of experts called {name!r}", found=f"groups: {', '.join(self.names)}"
-            )
+            raise UserError(f"there is no group called {name!r}", found=f"groups: {', '.join(self.names)}")
         return np.asarray(self.of_unit == self.names.index(name))
 
 
@@ -59,51 +57,62 @@ def parse_grouping(text: str) -> tuple[str, str]:
     counted = kind in ("frequency", "damage", "cluster")
     ok = kind in KINDS and (not counted or (rest or "4").isdigit() and 2 <= int(rest or 4) <= _MOST)
     if not ok or (kind in ("regex", "units")) != bool(rest and not counted):
-        raise UserError("experts cannot be grouped like this", found=text[:80],
-                        fix=f"layer, frequency:4, damage:4, cluster:6 (2 to {_MOST} groups), regex:PATTERN, or units:0-6,12")  # fmt: skip
+        raise UserError("units cannot be grouped like this", found=text[:80],
+                        fix=f"layer, role, frequency:4, damage:4, cluster:6 (2 to {_MOST} groups), regex:PATTERN, or units:0-6,12")  # fmt: skip
     return kind, (rest or "4") if counted else rest
 
 
 def group_experts(
     index: ModelIndex, tables: Mapping[str, SensitivityTable], grouping: str, metric: str = "", seed: int = 0
 ) -> ExpertGroups:
-    """The groups of a model's experts.
+    """The groups of a model's units.
 
-    ``layer``: one for each block, by its number. ``frequency:N`` and ``damage:N``: q1 … qN with equally many experts each, the
-    rarest or least hurt in q1; experts whose damage is unknown are in ``unknown``. ``cluster:N``: c1 … cN, k-means on standardised
-    damage by format, traffic and tail exponents, rising in damage. ``regex:PATTERN``: ``matched``, the experts so named; ``units:RUNS``: ``selected``, those of the
-    unit numbers (a selection's text).
+    Of any units: ``role``: one for each role; ``regex:PATTERN``: ``matched``, the units so named; ``units:RUNS``: ``selected``, those
+    of the unit numbers (a selection's text). Of experts where there are any, else of all units: ``layer``: one for each block, by its
+    number, ``outside`` for what is in none; ``damage:N``: q1 … qN with equally many each, the least hurt in q1; what is unknown is in
+    ``unknown``. Of experts only: ``frequency:N``, the rarest in q1; ``cluster:N``: c1 … cN, k-means on standardised damage by
+    format, traffic and tail exponents, rising in damage.
 
     Args:
         tables: what has been measured, over the index's units. metric: the damage.
 
     Raises:
-        UserError: a dense model, evidence that has not been measured, a pattern that matches no expert.
+        UserError: experts asked for in a dense model, evidence that has not been measured, a pattern that matches nothing.
     """
     kind, rest = parse_grouping(grouping)
     experts = np.array([u.expert for u in index.units])
     layers = np.array([u.layer for u in index.units])
-    routed = np.flatnonzero(experts >= 0)
-    if not routed.size:
-        raise UserError(f"{index.name} has no experts to group", fix="leave out the groups")
     out = np.full(len(experts), -1)
+    if kind == "role":
+        roles, out = np.unique([u.role for u in index.units], return_inverse=True)
+        return ExpertGroups(tuple(str(r) for r in roles), out)
     if kind == "regex":
-        out[[i for i in routed if _compiled(rest).search(index.units[i].key)]] = 0
+        out[[i for i, u in enumerate(index.units) if _compiled(rest).search(u.key)]] = 0
         if not (out == 0).any():
-            raise UserError("the pattern matches no expert", found=rest)
+            raise UserError(
+                "the pattern matches no unit", found=rest, fix="`bitatlas scan MODEL` names the units"
+            )
         return ExpertGroups(("matched",), out)
     if kind == "units":
         try:
             chosen = np.array(read_runs(rest, len(experts), "unit"), np.int64)
         except ValueError as e:
             raise UserError("the units of this group cannot be read", found=f"units:{rest[:80]}: {e}", fix="units:0-6,12") from None  # fmt: skip
-        out[chosen[experts[chosen] >= 0]] = 0
+        out[chosen] = 0
         return ExpertGroups(("selected",), out)
-    where = np.unique(layers[routed] * (1 + experts.max()) + experts[routed], return_inverse=True)[1]
+    routed = np.flatnonzero(experts >= 0)
+    if not routed.size:
+        if kind not in ("layer", "damage"):
+            raise UserError(
+                f"{index.name} has no experts to group by {kind}",
+                fix="group by layer, role, damage:4 or regex:PATTERN",
+            )
+        routed, experts = np.arange(len(experts)), np.arange(len(experts))  # every unit stands for itself
+    where = np.unique((layers[routed] + 1) * (1 + experts.max()) + experts[routed], return_inverse=True)[1]
     count = int(where.max()) + 1
     if kind == "layer":
         found, out[routed] = np.unique(layers[routed], return_inverse=True)
-        return ExpertGroups(tuple(str(n) for n in found), out)
+        return ExpertGroups(tuple(str(n) if n >= 0 else "outside" for n in found), out)
     if kind == "frequency":
         value = _sum(_needed(tables, "routing_count", "routing").damage[routed, 0], where, count)
         names, label = _quantiles(value, int(rest))

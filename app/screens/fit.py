@@ -19,6 +19,7 @@ from bitatlas.app.widgets.boxes import empty_state, error_box
 from bitatlas.app.widgets.data import get_trust, the_study
 from bitatlas.app.widgets.frame import show_budget, title
 from bitatlas.app.widgets.kv_controls import kv_controls
+from bitatlas.app.widgets.limit_controls import limit_controls
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.twin import cli_twin, downloads
 
@@ -79,7 +80,7 @@ def _controls(study: Study) -> controls.Asked:
         "16/16",
         int(reserve * bounds.scale),
     )
-    asked = kv_controls(study, asked)
+    asked = kv_controls(study, limit_controls(study, asked))
     _pins(study)
     return asked
 
@@ -128,9 +129,9 @@ def _answer(study: Study, asked: controls.Asked, head: st.delta_generator.DeltaG
         if not asked.formats:
             raise UserError("no format is allowed", fix="allow at least one")
         pins = {study.keys[i]: f for i, f in state.pins().items()}
-        problem, cache = fit_cache.front(study, asked.metric, asked.formats, pins)
-        budget = asked.budget(study.index, problem.min_bytes + study.index.kept_bytes)
-        line = views.front_line(cache, study.index.kept_bytes)
+        problem, cache = fit_cache.front(study, asked.metric, asked.formats, pins, asked.rules, asked.target)
+        budget = asked.budget(study.index, problem.min_bytes + problem.kept_bytes)
+        line = views.front_line(cache, problem.kept_bytes)
     except UserError as error:
         with head:
             title("This cannot be solved")

@@ -155,7 +155,10 @@ def _rows(
     inside = problem.experts >= 0
     parts = [] if groups is None else [(name, groups.of_unit == g) for g, name in enumerate(groups.names)]
     grouped = np.zeros(len(inside), bool) if groups is None else groups.of_unit >= 0
-    parts += [("other experts" if parts else "experts", inside & ~grouped), ("no experts", ~inside)]
+    parts += [
+        ("other experts" if parts else "experts", inside & ~grouped),
+        ("no experts", ~inside & ~grouped),
+    ]
     width = int(problem.experts.max()) + 1
     traffic, total = np.nansum(reached), damage.sum()
     out = []

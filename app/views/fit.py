@@ -128,7 +128,7 @@ def build_fit(index: ModelIndex, problem: Problem, cache: FrontCache, controls: 
     Raises:
         UserError: the budget is below the smallest allocation; names that one.
     """
-    limit = controls.budget.weights_bytes - index.kept_bytes
+    limit = controls.budget.weights_bytes - problem.kept_bytes
     try:
         point = cache.at(limit)
     except ValueError:
@@ -138,7 +138,7 @@ def build_fit(index: ModelIndex, problem: Problem, cache: FrontCache, controls: 
 
 def _impossible(index: ModelIndex, problem: Problem, controls: FitControls) -> UserError:
     spare = controls.budget.kv_bytes + controls.budget.reserve_bytes
-    smallest = problem.min_bytes + index.kept_bytes
+    smallest = problem.min_bytes + problem.kept_bytes
     fix = f"at least {format_least(smallest + spare)} in all"
     if controls.budget.kv_bytes:
         fix += ", a shorter context, or a KV cache of fewer bits"
@@ -153,12 +153,12 @@ def _impossible(index: ModelIndex, problem: Problem, controls: FitControls) -> U
 
 def _smaller_format(index: ModelIndex, problem: Problem, controls: FitControls) -> str:
     """The format that would make the weights fit, or the smallest there is."""
-    found = format_that_fits(problem.with_limit(controls.budget.weights_bytes - index.kept_bytes))
+    found = format_that_fits(problem.with_limit(controls.budget.weights_bytes - problem.kept_bytes))
     if found is None:
         return ""
     name, nbytes, fits = found
     verb = "allow" if name in controls.measured else "measure and allow"
-    return f", or {verb} {name}: {format_bytes(nbytes + index.kept_bytes)}{'' if fits else ', the smallest there is'}"
+    return f", or {verb} {name}: {format_bytes(nbytes + problem.kept_bytes)}{'' if fits else ', the smallest there is'}"
 
 
 def _view(
@@ -173,15 +173,15 @@ def _view(
         if mask.any():
             shares.append(FormatShare(name, parse_format(name).bits, int(mask.sum()), int(params[mask].sum()),
                                       int(size_of[mask].sum()), float(damage_of[mask].sum())))  # fmt: skip
-    used = point.payload_bytes + index.kept_bytes + controls.budget.kv_bytes + controls.budget.reserve_bytes
-    segments = _segments(shares, index.kept_bytes, controls, used)
+    used = point.payload_bytes + problem.kept_bytes + controls.budget.kv_bytes + controls.budget.reserve_bytes
+    segments = _segments(shares, problem.kept_bytes, controls, used)
     gap = point.objective - point.lower_bound
     return FitView(
         title=f"{format_bytes(used)} of {format_bytes(controls.total_bytes)} used; {_concentration(problem.layers, damage_of)}",
-        detail=_next_step(cache, point, limit=controls.budget.weights_bytes - index.kept_bytes),
+        detail=_next_step(cache, point, limit=controls.budget.weights_bytes - problem.kept_bytes),
         segments=segments,
         shares=tuple(shares),
-        here=(point.payload_bytes + index.kept_bytes, point.objective),
+        here=(point.payload_bytes + problem.kept_bytes, point.objective),
         bits_per_weight=point.payload_bytes * 8 / max(1, index.params),
         lower_bound=point.lower_bound,
         gap=gap / point.objective if point.objective > 0 else 0.0,

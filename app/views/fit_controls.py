@@ -10,6 +10,7 @@ from dataclasses import astuple, dataclass
 
 from bitatlas.analysis.schema import FORMATS, SOLVE_WITH, Budget, ModelIndex, UserError, parse_format
 from bitatlas.app.budgets import resolve_budget
+from bitatlas.app.expert_rules import ExpertRules
 from bitatlas.app.kv_plan import decode_kv, kv_pairs
 
 __all__ = [
@@ -37,7 +38,10 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the controls say. Bytes throughout; ``kv``: bits of K and V by layer (`app.kv_plan`)."""
+    """What the controls say. Bytes throughout; ``kv``: bits of K and V by layer (`app.kv_plan`).
+
+    ``target``: the engine to solve for, "" for none; ``groups``, ``group_limits``: as in `app.expert_rules`.
+    """
 
     metric: str
     formats: tuple[str, ...]
@@ -46,6 +50,14 @@ class Asked:
     batch: int
     kv: str
     reserve_bytes: int
+    target: str = ""
+    groups: str = ""
+    group_limits: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> ExpertRules:
+        """The limits on groups."""
+        return ExpertRules(self.groups if self.group_limits else "", self.group_limits)
 
     def budget(self, index: ModelIndex, smallest: int = 0) -> Budget:
         """The weights' share of the memory; ``smallest``: bytes that they take at least, for the error.
@@ -71,11 +83,15 @@ def decode_question(text: str) -> Asked:
         UserError: not what `encode_question` writes.
     """
     try:
-        metric, formats, total, context, batch, kv, reserve = json.loads(text)
-        ok = isinstance(metric, str) and isinstance(kv, str) and all(parse_format(f) for f in formats)
+        metric, formats, total, context, batch, kv, reserve, *more = json.loads(text)
+        target, groups, limits = more or ("", "", ())
+        words = (metric, kv, target, groups, *limits)
+        ok = all(isinstance(w, str) for w in words) and all(parse_format(f) for f in formats)
         decode_kv(kv.rpartition("=")[2], ())  # the layers are the model's business
         if ok and all(type(n) is int and 0 <= n < 1 << 50 for n in (total, context, batch, reserve)):
-            return Asked(metric, tuple(formats), total, context, batch, kv, reserve)
+            return Asked(
+                metric, tuple(formats), total, context, batch, kv, reserve, target, groups, tuple(limits)
+            )
     except (ValueError, TypeError, AttributeError, UserError):
         pass
     raise UserError(
@@ -150,6 +166,10 @@ def twin(path: str, asked: Asked, pins: Mapping[str, str]) -> str:
         "--solver",
         "hull",
     ]
+    parts += ["--target", asked.target] if asked.target else []
+    parts += ["--expert-groups", asked.groups] if asked.rules else []
+    for limit in asked.rules.limits:
+        parts += ["--group-limit", limit]
     for rule in _rules(pins):
         parts += ["--pin", rule]
     return shlex.join([*parts, "-o", "allocation.json"])

@@ -16,6 +16,7 @@ from bitatlas.app.views import fit_controls
 from bitatlas.app.widgets import fit_cache
 from bitatlas.app.widgets.boxes import error_box
 from bitatlas.app.widgets.kept import kept
+from bitatlas.app.widgets.limit_controls import split_limits
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.twin import cli_twin, command, downloads
 
@@ -105,7 +106,7 @@ def _controls(study: Study, formats: tuple[str, ...]) -> tuple[ExpertRules, floa
                                         help="1 = never reached."))  # fmt: skip
         ties = st.selectbox("Same format for", TIES, key="expert_ties", bind="query-params", width=150,
                             format_func=lambda t: {"free": "nothing", "gate-up": "gate and up", "expert": "a whole expert", "layer": "a layer's experts"}[t])  # fmt: skip
-    limits = tuple(part.strip() for part in text.split(",") if part.strip())
+    limits = split_limits(text)
     return ExpertRules(_grouping(by, parts), limits, floor, below, ties), float(bits)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import streamlit as st
 
-from bitatlas.analysis.schema import Allocation, Provenance, parse_format
+from bitatlas.analysis.schema import Allocation, ModelIndex, Provenance, parse_format
 from bitatlas.app import studies
 from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
 from bitatlas.app.kv_plan import kv_pairs, pair_names
 from bitatlas.app.studies import Study
+from bitatlas.app.targets import get_target
+from bitatlas.app.targets.limits import Limits, limits_of
+from bitatlas.app.tasks.solving import build_problem, in_own_bytes
 from bitatlas.app.views.fit_controls import Asked
 from bitatlas.app.widgets.data import forget
 from bitatlas.solvers import FrontCache, Problem, get_solver, to_allocation
@@ -26,11 +29,14 @@ def front(
     formats: tuple[str, ...],
     pins: Mapping[str, str],
     rules: ExpertRules | None = None,
+    target: str = "",
 ) -> tuple[Problem, FrontCache]:
-    """The problem and its whole front; solved once per (table, formats, pins, rules), shared by all sessions.
+    """The problem and its whole front; solved once per (table, formats, pins, rules, target), shared by all sessions.
+
+    ``problem.kept_bytes`` is what the file keeps beside the units: the target's container may keep more than ours.
 
     Raises:
-        UserError: pins, formats or rules for experts that cannot be.
+        UserError: pins, formats, rules for experts or a target that cannot be.
     """
     runs = tuple(t.run for t in study.tables.values())
     return _front(
@@ -40,6 +46,7 @@ def front(
         formats,
         tuple(sorted(pins.items())),
         astuple(rules or ExpertRules()),
+        target,
         study,
     )
 
@@ -52,17 +59,22 @@ def _front(
     formats: tuple[str, ...],
     pins: tuple[tuple[str, str], ...],
     asked: tuple[Any, ...],
+    target: str,
     _study: Study,
 ) -> tuple[Problem, FrontCache]:
-    table = _study.tables[metric].select(formats)
-    ceiling = int(_study.index.bytes_table([parse_format("bf16")]).sum()) * 2
-    rules = ExpertRules(*asked)
-    problem = Problem.build(
-        _study.index, table, formats, ceiling, pins=dict(pins), ties=expert_ties(_study.index, rules.ties)
-    )
+    index, rules = _study.index, ExpertRules(*asked)
+    limits = _limits(index, target, formats)
+    formats = limits.formats if limits is not None else formats
+    ceiling = int(index.bytes_table([parse_format("bf16")]).sum()) * 2
+    problem = build_problem(index, _study.tables[metric].select(formats), formats, ceiling, dict(pins), limits, expert_ties(index, rules.ties))  # fmt: skip
+    problem = replace(problem, kept_bytes=problem.kept_bytes + ceiling - problem.limit_bytes)
     if rules:
-        problem = under_rules(problem, _study.index, _study.tables, rules, metric)
+        problem = under_rules(problem, index, _study.tables, rules, metric)
     return problem, FrontCache.of(problem)
+
+
+def _limits(index: ModelIndex, target: str, formats: tuple[str, ...]) -> Limits | None:
+    return limits_of(get_target(target), index, formats) if target else None
 
 
 def unit_of(metric: str) -> str:
@@ -83,16 +95,19 @@ def answer(study: Study, asked: Asked, pins: Mapping[str, str]) -> Allocation:
     Raises:
         UserError: an impossible budget, or pins that cannot be.
     """
-    problem, _ = front(study, asked.metric, asked.formats, pins)
+    rules = asked.rules
+    problem, _ = front(study, asked.metric, asked.formats, pins, rules, asked.target)
     budget = asked.budget(study.index)
-    posed = problem.with_limit(budget.weights_bytes - study.index.kept_bytes)
+    posed = problem.with_limit(budget.weights_bytes - problem.kept_bytes)
     solution = get_solver("hull").solve(posed)
     provenance = Provenance(model_digest=study.index.digest, model_name=study.index.name,
-                            settings={"run": study.tables[asked.metric].run, "formats": list(asked.formats), "solver": "hull"})  # fmt: skip
+                            settings={"run": study.tables[asked.metric].run, "formats": list(asked.formats), "solver": "hull", "target": asked.target,
+                                      **(rules.settings() if rules else {})})  # fmt: skip
     kv = kv_pairs(study.index, asked.kv) if asked.context else {}
-    return to_allocation(
+    found = to_allocation(
         posed, solution, study.index, budget=budget, provenance=provenance, kv=pair_names(kv)
     )
+    return in_own_bytes(found, study.index)
 
 
 def keep(study: Study, asked: Asked, pins: Mapping[str, str]) -> None:

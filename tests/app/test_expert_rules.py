@@ -157,6 +157,50 @@ def test_ties(world):
         expert_ties(index, "all")
 
 
+def test_any_units_can_be_grouped(world, dense):
+    index, tables, _ = world
+    keys = np.array(dense.keys)
+    layers = np.array([u.layer for u in dense.index.units])
+    by_layer = group_experts(dense.index, dense.tables, "layer")
+    assert [by_layer.names[g] for g in by_layer.of_unit] == [str(n) if n >= 0 else "outside" for n in layers]
+    by_role = group_experts(dense.index, dense.tables, "role")
+    assert [by_role.names[g] for g in by_role.of_unit] == [u.role for u in dense.index.units]
+    assert keys[group_experts(dense.index, {}, r"regex:\.1\.").members("matched")].tolist() == [
+        k for k in keys if ".1." in k
+    ]
+    assert np.flatnonzero(group_experts(dense.index, {}, "units:0-2").members("selected")).tolist() == [
+        0,
+        1,
+        2,
+    ]
+    hurt = group_experts(dense.index, dense.tables, "damage:3", "fisher_projection")
+    damage = dense.tables["fisher_projection"].damage[:, 0]
+    assert damage[hurt.members("q1")].mean() < damage[hurt.members("q3")].mean()
+    assert (group_experts(index, tables, "role").of_unit >= 0).all()  # of experts and of all else
+    assert set(
+        np.array([u.expert for u in index.units])[group_experts(index, tables, "layer").of_unit >= 0]
+    ) == set(range(8))
+
+
+def test_a_group_of_a_dense_model_keeps_to_its_limit(home, fakes, monkeypatch):
+    dense = fakes.dense_index(6, "dense-6")
+    fakes.fill(Store(home), dense)
+    monkeypatch.setattr(tasks.solving, "register", lambda model: dense)
+    rules = ExpertRules("role", ("down=3",))
+    plan = tasks.solve("m", metric="fisher_projection", bits=4.5, formats="int{2,3,4,8}-g64", experts=rules)
+    down = [u for u in dense.units if u.role == "down"]
+    taken = sum(FORMATS[plan.formats[u.key]].payload_bytes(u.rows, u.cols) for u in down)
+    assert taken <= 3 * sum(u.params for u in down) / 8
+    free = tasks.solve("m", metric="fisher_projection", bits=4.5, formats="int{2,3,4,8}-g64")
+    assert sum(FORMATS[free.formats[u.key]].payload_bytes(u.rows, u.cols) for u in down) > taken
+    front = tasks.frontier("m", metric="fisher_projection", formats="int{2,3,4,8}-g64", experts=rules)
+    widest = dict(zip(front.units, front.choice[-1]))
+    assert (
+        sum(FORMATS[front.formats[widest[u.key]]].payload_bytes(u.rows, u.cols) for u in down)
+        <= 3 * sum(u.params for u in down) / 8
+    )
+
+
 def test_rules_for_experts_are_not_ignored_on_a_dense_model(dense):
     assert expert_ties(dense.index, "free") == ()
     with pytest.raises(UserError, match="no experts that could share"):
@@ -170,7 +214,7 @@ def test_rules_for_experts_are_not_ignored_on_a_dense_model(dense):
 
 @pytest.mark.parametrize(("rules", "words"), [
     (ExpertRules(limits=("q1=3",)), "need a way to group"),
-    (ExpertRules("frequency:4", ("q9=3",)), "no group of experts called 'q9'"),
+    (ExpertRules("frequency:4", ("q9=3",)), "no group called 'q9'"),
     (ExpertRules("frequency:4", ("q1",)), "written NAME=BITS"),
     (ExpertRules("alpha:3", ("q1=3",)), "cannot be grouped like this"),
     (ExpertRules(floor="bf16"), "as large as the floor"),
@@ -191,7 +235,7 @@ def test_evidence_that_is_missing_is_named(world, dense):
     with pytest.raises(UserError, match="how often"):
         under_rules(posed(world), index, only, ExpertRules(floor="int4-g64", below=9), "fisher_projection")
     with pytest.raises(UserError, match="no experts"):
-        group_experts(dense.index, dense.tables, "layer")
+        group_experts(dense.index, dense.tables, "cluster:4")
     assert parse_grouping("cluster") == ("cluster", "4")
 
 

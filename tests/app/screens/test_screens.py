@@ -268,3 +268,40 @@ def test_export_shows_the_notes_and_the_refused_units(filled, home):
     assert "cannot load" in heading(at)
     refused = next(d.value for d in at.dataframe if "planned" in d.value)
     assert set(refused["planned"]) == {"int5-g32-sym"}
+
+
+def test_fit_solves_under_an_engine_and_under_limits_on_groups(filled, home):
+    from bitatlas.analysis.schema import FORMATS
+
+    def plan(**query):
+        at = open_page("fit", study=filled[0], context="0", **query)
+        before = {a.id for a in Store(home).allocations(digest)}
+        at.button(key="keep_allocation").click().run()
+        new = [a.id for a in Store(home).allocations(digest) if a.id not in before]
+        return at, Store(home).allocation(new[0])
+
+    digest = next(m["digest"] for m in Store(home).models() if filled[0].endswith(m["digest"][:8]))
+    index = Store(home).model(digest)
+    _, free = plan()
+    at, limited = plan(fit_groups="role", fit_limits="down=2.5")
+    down = [u for u in index.units if u.role == "down"]
+
+    def bits(of):
+        return sum(8 * FORMATS[of.formats[u.key]].payload_bytes(u.rows, u.cols) for u in down) / sum(
+            u.params for u in down
+        )
+
+    assert bits(limited) <= 2.5 < bits(free)
+    assert any("--expert-groups role --group-limit down=2.5" in c.value for c in at.code)
+    at, served = plan(fit_target="vllm")
+    assert served.provenance.settings["target"] == "vllm"
+    assert any("--target vllm" in c.value for c in at.code)
+    for layer in range(index.n_layers):  # fused in the engine
+        assert (
+            len(
+                {served.formats[u.key] for u in index.units if u.layer == layer and u.role in ("q", "k", "v")}
+            )
+            == 1
+        )
+    wrong = open_page("fit", study=filled[0], fit_groups="role", fit_limits="nobody=3")
+    assert any("no group called" in e.value for e in wrong.error)

@@ -88,4 +88,4 @@ def test_a_budget_for_groups_of_experts(filled):
         "experts", study=filled[1], expert_budget="true", expert_group="damage", expert_limits="q9=3"
     )
     assert not wrong.exception
-    assert any("no group of experts" in e.value for e in wrong.error)
+    assert any("no group called" in e.value for e in wrong.error)

@@ -14,7 +14,15 @@ from bitatlas.analysis.schema import (
     parse_format,
 )
 from bitatlas.app.views.fit import FitControls, build_fit, front_line
-from bitatlas.app.views.fit_controls import Asked, bounds, preferred, twin, usual
+from bitatlas.app.views.fit_controls import (
+    Asked,
+    bounds,
+    decode_question,
+    encode_question,
+    preferred,
+    twin,
+    usual,
+)
 from bitatlas.solvers import FrontCache, Problem, get_solver
 
 FORMATS = ("int2-g64", "int4-g64", "int8-g64")
@@ -139,6 +147,18 @@ def test_the_twin_is_a_command_that_means_the_same(index: ModelIndex):
     assert "'/a model'" in line
     assert line.count("--pin") == 1
     assert "--fit 1048576 --context 128" in line
+
+
+def test_engine_and_groups_are_in_the_link_and_in_the_twin(index: ModelIndex):
+    asked = Asked("fisher", FORMATS, 1 << 20, 128, 1, "16/16", 1000, "vllm", "role", ("down=3", "*=4"))
+    assert decode_question(encode_question(asked)) == asked
+    assert (
+        decode_question('["fisher",["int4-g64"],1048576,0,1,"16/16",1000]').target == ""
+    )  # a link of before
+    line = twin("/m", asked, {})
+    assert "--target vllm --expert-groups role --group-limit down=3 --group-limit '*=4'" in line
+    with pytest.raises(UserError, match="cannot be read"):
+        decode_question('["fisher",["int4-g64"],1048576,0,1,"16/16",1000,3,"",[]]')
 
 
 def test_defaults():

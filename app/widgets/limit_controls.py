@@ -1,0 +1,56 @@
+"""Fit's further limits: the engine that has to load the answer, and most bytes for groups of units."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import streamlit as st
+
+from bitatlas.app import state
+from bitatlas.app.studies import Study
+from bitatlas.app.targets import TARGETS
+from bitatlas.app.views.fit_controls import Asked
+
+__all__ = ["limit_controls", "split_limits"]
+
+_ANY, _NONE = "any", "not at all"
+_COUNTED = ("frequency", "damage", "cluster")
+
+
+def limit_controls(study: Study, asked: Asked) -> Asked:
+    """The question with the engine and the limits on groups that are chosen here."""
+    target = st.selectbox("Engine", (_ANY, *TARGETS), key="fit_target", bind="query-params",
+                          help="Only formats that it loads, units that it stores alike kept together, in its own bytes.")  # fmt: skip
+    experts = ("frequency", "cluster") if study.index.n_experts else ()
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        by = st.selectbox("Limits by", (_NONE, "layer", "role", "damage", *experts, "selection"), key="fit_groups", bind="query-params",
+                          help="Most bytes for groups of units. Selection: the units that are boxed or lassoed on the Map.")  # fmt: skip
+        parts = 4
+        if by in _COUNTED:
+            parts = int(st.number_input("Groups", 2, 16, 4, key="fit_parts", bind="query-params", width=110))
+        text = ""
+        if by != _NONE:
+            text = st.text_input("Limits", key="fit_limits", bind="query-params", placeholder=_example(by),
+                                 help="Most bits per weight, or most bytes, that a group may take; * stands for the others.")  # fmt: skip
+    limits, chosen = split_limits(text), state.selection()
+    if by == "selection":
+        grouping = f"units:{chosen.encode()}" if len(chosen) else ""
+    else:
+        grouping = "" if by == _NONE else f"{by}:{parts}" if by in _COUNTED else by
+    return replace(
+        asked,
+        target="" if target == _ANY else target,
+        groups=grouping if limits else "",
+        group_limits=limits if grouping else (),
+    )
+
+
+def split_limits(text: str) -> tuple[str, ...]:
+    """``q1=2.5, *=4`` -> its parts."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _example(by: str) -> str:
+    return {"layer": "0=5, *=3.5", "role": "down=3, q=200MB", "selection": "selected=3"}.get(
+        by, "q1=2.5, *=4"
+    )
