@@ -85,7 +85,8 @@ def measure(
     seed: Seed = 0,
     text_mode: Annotated[str, typer.Option(help="packed, or document: one document a sequence.")] = "packed",
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE, an option of the metrics; repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE or METRIC.NAME=VALUE, an option of the metrics; repeatable."),
     ] = None,
     device: Device = "auto",
     dtype: Annotated[

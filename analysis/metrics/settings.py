@@ -9,7 +9,34 @@ from typing import Any
 from bitatlas.analysis.metrics.base import Metric
 from bitatlas.kernels.errors import UserError
 
-__all__ = ["check_settings"]
+__all__ = ["check_settings", "plain_settings"]
+
+
+def plain_settings(metrics: Iterable[Metric | type[Metric]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``METRIC.NAME`` as ``NAME``: the setting of that metric alone, which it is where no other of ``metrics`` has the name.
+
+    Raises:
+        UserError: a metric that is not among these, or a setting that others of them would get too.
+    """
+    metrics, out = list(metrics), dict[str, Any]()
+    for key, value in settings.items():
+        owner, dot, name = key.rpartition(".")
+        if not dot:
+            out[key] = value
+            continue
+        options = {m.NAME: m.SETTINGS for m in metrics}
+        if owner not in options:
+            raise UserError(f"{owner} is not measured here", found=f"--set {key}", fix=f"--metric {owner}")
+        if name not in options.pop(owner):
+            raise UserError(f"{owner} has no option {name}", found=f"--set {key}", fix="bitatlas metrics")
+        others = [metric for metric, have in options.items() if name in have]
+        if others:
+            raise UserError(f"{', '.join(others)} would get the option {name} of {owner} too", found=f"--set {key}",
+                            fix=f"measure {owner} alone, with --set {name}={value}")  # fmt: skip
+        if name in settings or name in out:
+            raise UserError(f"the option {name} is given twice", found=f"{name} and {key}")
+        out[name] = value
+    return out
 
 
 def check_settings(metrics: Iterable[Metric | type[Metric]], settings: Mapping[str, Any]) -> None:

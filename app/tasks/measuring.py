@@ -158,7 +158,7 @@ def measure_params(
     """
     from bitatlas.analysis.measure import MeasureContext
     from bitatlas.analysis.metrics import METRICS, get_metric
-    from bitatlas.analysis.metrics.settings import check_settings
+    from bitatlas.analysis.metrics.settings import check_settings, plain_settings
 
     index = register(model)
     for name, needed in (("tokens", tokens), ("sequence length", seq_len)):
@@ -188,7 +188,8 @@ def measure_params(
             found="auto",
             fix="--dtype float32 or bfloat16",
         )
-    check_settings((METRICS[n] for n in names), settings or {})
+    settings = plain_settings((METRICS[n] for n in names), settings or {})
+    check_settings((METRICS[n] for n in names), settings)
     ctx = MeasureContext(
         index, expand_formats(formats), seed=seed, settings=settings, tokens=tokens, seq_len=seq_len
     )

@@ -178,3 +178,16 @@ def test_the_steps_of_dear_metrics_weigh_more(tmp_path: Path, tiny_checkpoint, m
     }
     assert all(len(found) == 1 for found in by_metric.values())
     assert by_metric["hawq_trace"].pop() > 5 * by_metric["weight_error"].pop() > 0
+
+
+def test_a_setting_with_its_metric_before_it_is_the_same_request(
+    tiny_checkpoint, tmp_path: Path, home
+) -> None:
+    folder, text = tiny_checkpoint("qwen3_moe"), tmp_path / "text.txt"
+    text.write_text("some words " * 200)
+
+    def asked(setting: str):
+        return measure_params(folder, "expert_error", formats="int4-g32", calibration=text, tokens=256, seq_len=32,
+                              seed=0, settings={setting: "gptq"})  # fmt: skip
+
+    assert asked("expert_error.quantizer") == asked("quantizer")

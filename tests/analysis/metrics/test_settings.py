@@ -57,3 +57,23 @@ def test_defaults_are_taken(name):
     check_settings([metric], dict(metric.SETTINGS))
     # A limit of no option would be a slip of the pen; those of the KV cache are shared by all its metrics.
     assert metric.SUBJECT == "kv" or set(metric.LIMITS) <= set(metric.SETTINGS)
+
+
+def test_a_prefix_names_the_metric_that_a_setting_is_for() -> None:
+    from bitatlas.analysis.metrics.settings import plain_settings
+
+    one, both = [METRICS["expert_error"]], [METRICS["expert_error"], METRICS["kl_flip"]]
+    assert plain_settings(one, {"expert_error.quantizer": "gptq"}) == {"quantizer": "gptq"}
+    assert plain_settings(both, {"kl_flip.flips": 3, "shrink_tokens": 8}) == {"flips": 3, "shrink_tokens": 8}
+    for metrics, settings, words in (
+        (
+            both,
+            {"expert_error.quantizer": "gptq"},
+            "kl_flip would get the option quantizer of expert_error too",
+        ),
+        (one, {"kl_flip.flips": 3}, "kl_flip is not measured here"),
+        (both, {"expert_error.flips": 3}, "expert_error has no option flips"),
+        (one, {"quantizer": "rtn", "expert_error.quantizer": "gptq"}, "given twice"),
+    ):
+        with pytest.raises(UserError, match=words):
+            plain_settings(metrics, settings)
