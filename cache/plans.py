@@ -123,10 +123,10 @@ class Plans(Part):
             ).fetchall()
         return [PlanInfo(*row) for row in rows]
 
-    def put_frontier(self, model_digest: str, frontier: Frontier, run: str = "") -> str:
-        """Store a frontier that was made from ``run``; returns its key."""
+    def put_frontier(self, model_digest: str, frontier: Frontier, run: str = "", key: str = "") -> str:
+        """Store a frontier that was made from ``run``; returns its key: ``key`` of the question, or one of its content."""
         body, at = encode_frontier(frontier), time.time()
-        key = digest(
+        key = key or digest(
             {"model": model_digest, "run": run, "metric": frontier.metric, "solver": frontier.solver,
              "formats": frontier.formats, "bytes": frontier.payload_bytes.tolist(),
              "choice": zlib.crc32(frontier.choice.tobytes())}
@@ -142,11 +142,16 @@ class Plans(Part):
         Raises:
             UserError: no such frontier.
         """
+        found = self.find_frontier(key)
+        if found is None:
+            raise UserError("there is no such frontier in the store", found=key, fix="bitatlas frontier")
+        return found
+
+    def find_frontier(self, key: str) -> Frontier | None:
+        """The frontier of a key, None when there is none."""
         with self.db.read() as con:
             found = con.execute("SELECT body FROM frontiers WHERE id = ?", [key]).fetchall()
-        if not found:
-            raise UserError("there is no such frontier in the store", found=key, fix="bitatlas frontier")
-        return decode_frontier(found[0][0])
+        return decode_frontier(found[0][0]) if found else None
 
     def frontiers(self, model_digest: str) -> list[dict[str, Any]]:
         """Stored frontiers of a model, newest first: id, metric, solver, run, at."""

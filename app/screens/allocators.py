@@ -11,6 +11,7 @@ import streamlit as st
 
 from bitatlas.analysis.schema import MEASURED_KL, Allocation, UserError
 from bitatlas.app.charts import allocators as charts
+from bitatlas.app.fronts import kept_front
 from bitatlas.app.studies import Study, open_store
 from bitatlas.app.tasks.interaction import has_probes, with_probes
 from bitatlas.app.views import allocators as views
@@ -22,7 +23,7 @@ from bitatlas.app.widgets.data import the_study
 from bitatlas.app.widgets.frame import title
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.twin import cli_twin, command, downloads
-from bitatlas.solvers import SOLVERS, frontier, get_solver
+from bitatlas.solvers import SOLVERS, get_solver
 
 __all__ = ["page"]
 
@@ -85,12 +86,14 @@ def page() -> None:
 def _front(
     digest: str, run: str, metric: str, formats: tuple[str, ...], name: str, _study: Study
 ) -> views.Asked:
-    """One solver's front, at most seventeen points and eight seconds."""
+    """One solver's front, at most seventeen points and eight seconds; from the store where it was solved before."""
     problem, _ = fit_cache.front(_study, metric, formats, {})
     solver, words = get_solver(name), ""
     try:
-        posed = with_probes(problem, _study.tables[metric], solver)
-        found = frontier(posed, solver, points=_POINTS, time_limit_s=_SECONDS)
+        found = kept_front(
+            open_store(), digest, run, problem, solver, points=_POINTS, time_limit_s=_SECONDS,
+            prepare=lambda p: with_probes(p, _study.tables[metric], solver),
+        )  # fmt: skip
     except UserError as error:
         return views.Asked(name, solver.TITLE, None, words=str(error).splitlines()[0])
     if solver.USES_INTERACTION:

@@ -29,6 +29,7 @@ from bitatlas.app.budgets import reserve_bytes, resolve_budget
 from bitatlas.app.checks import at_least, check_seed
 from bitatlas.app.expert_groups import EVIDENCE
 from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
+from bitatlas.app.fronts import kept_front
 from bitatlas.app.kv_plan import cache_pairs, pair_names
 from bitatlas.app.side_budgets import SideLimits
 from bitatlas.app.side_budgets import active_bytes as bytes_read
@@ -39,7 +40,6 @@ from bitatlas.app.tasks.models import register
 from bitatlas.cache.paths import Home, write_output
 from bitatlas.cache.store import Store
 from bitatlas.solvers import Problem, Solver, get_solver, to_allocation
-from bitatlas.solvers import frontier as sweep
 from bitatlas.solvers.infeasible import check_feasible
 
 if TYPE_CHECKING:
@@ -328,7 +328,8 @@ def frontier(
     points: int = 64,
     experts: ExpertRules | None = None,
 ) -> Frontier:
-    """The best predicted damage at every size, cheapest first, under the rules for experts; at most ``points`` of them; stored.
+    """The best predicted damage at every size, cheapest first, under the rules for experts; at most ``points`` of them; stored, and the
+    same question is answered from the store.
 
     Raises:
         UserError: fewer than two points (a front has two ends), not measured, a pin that matches nothing.
@@ -344,10 +345,10 @@ def frontier(
     problem = posed(algorithm, index, table, names, ceiling, pinned, limits, expert_ties(index, rules.ties))
     if rules:
         problem = under_rules(problem, index, expert_evidence(store, index, table), rules, metric)
-    problem = with_probes(problem, table, algorithm)
-    front = sweep(problem, algorithm, points=points)
-    store.put_frontier(index.digest, front)
-    return front
+    return kept_front(
+        store, index.digest, table.run if table else "", problem, algorithm, points=points,
+        prepare=lambda p: with_probes(p, table, algorithm),
+    )  # fmt: skip
 
 
 def too_small(problem: Problem, budget: Budget) -> UserError:

@@ -9,7 +9,7 @@ import pytest
 
 from bitatlas.analysis.fisher.matrix import ProbeMatrix
 from bitatlas.analysis.schema import DamageRow, Frontier
-from bitatlas.app import state
+from bitatlas.app import fronts, state
 from bitatlas.app.screens import SCREENS
 from bitatlas.app.selection import Selection
 from bitatlas.cache.store import Store
@@ -164,6 +164,17 @@ def test_run_estimates_before_it_starts(filled, home, tiny_checkpoint, monkeypat
     assert any("256 positions" in c.value for c in at.caption)
     at.multiselect(key="metrics").set_value([]).run()
     assert any("no metric is chosen" in e.value.lower() for e in at.error)
+
+
+def test_allocators_solve_a_front_once(filled, home, monkeypatch):
+    """What one server has solved, the next one reads."""
+    before = open_page("allocators", study=filled[0]).dataframe[0].value
+    store = Store(home)
+    kept = [f for m in store.models() for f in store.frontiers(m["digest"])]
+    assert {"hull", "mckp", "uniform"} <= {f["solver"] for f in kept}
+    monkeypatch.setattr(fronts, "frontier", lambda *_, **__: pytest.fail("solved again"))
+    after = open_page("allocators", study=filled[0]).dataframe[0].value
+    assert after.equals(before)
 
 
 def test_allocators_say_what_they_cost(filled, home):
