@@ -157,6 +157,10 @@ def solve(
     quantizer: Annotated[
         str, typer.Option(help="Only damage that was measured with this one; the newest without.")
     ] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, a setting of the solver (kvtuner: exact=false)."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where to write the allocation.")
     ] = None,
@@ -169,7 +173,7 @@ def solve(
     result = tasks.solve(
         model, metric=metric, solver=solver, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
         kv_bits=kv_bits, kv_plan=kv_plan, kv=kv, kv_metric=kv_metric, reserve=reserve, formats=formats, pins=pin or [], target=target, seed=seed, output=output,
-        latency_ms=latency_ms, bops=bops, active_bytes=active_bytes,
+        latency_ms=latency_ms, bops=bops, active_bytes=active_bytes, settings=tasks.parse_settings(set_ or []),
         experts=ExpertRules(expert_groups, tuple(group_limit or ()), rare_floor, rare_below, expert_ties), quantizer=quantizer,
     )  # fmt: skip
     emit(tasks.describe_allocation(result, output), json_output, "allocation")

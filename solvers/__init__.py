@@ -9,6 +9,8 @@ A new allocator is one file with a `Solver` subclass, one line in `SOLVERS`, and
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 from bitatlas.analysis.schema import UserError
 from bitatlas.solvers.allocate import choice_of, to_allocation
@@ -38,6 +40,7 @@ from bitatlas.solvers.random_search import RandomSearch
 from bitatlas.solvers.rco import Rco
 from bitatlas.solvers.refine import Refine
 from bitatlas.solvers.searcher import Searcher, State
+from bitatlas.solvers.settings import checked_settings
 from bitatlas.solvers.threshold import Threshold
 from bitatlas.solvers.tpe import Tpe
 from bitatlas.solvers.uniform import Uniform
@@ -114,11 +117,11 @@ def get_searcher(name: str) -> type[Searcher]:
     return found
 
 
-def get_solver(name: str) -> Solver:
-    """The solver called ``name``.
+def get_solver(name: str, settings: Mapping[str, Any] | None = None) -> Solver:
+    """The solver called ``name``, with overrides of its `Solver.SETTINGS`.
 
     Raises:
-        UserError: no such solver; the message names the nearest ones.
+        UserError: no such solver, and the message names the nearest ones; or no such setting.
     """
     key = name.strip().lower()
     found = SOLVERS.get(key)
@@ -129,4 +132,4 @@ def get_solver(name: str) -> Solver:
         near = difflib.get_close_matches(name.lower(), SOLVERS, n=3, cutoff=0.4)
         raise UserError(f"there is no solver called {name!r}", found=f"nearest: {', '.join(near) or 'none'}",
                         fix=f"one of {', '.join(SOLVERS)}")  # fmt: skip
-    return found()
+    return found(**checked_settings(found.NAME, found.SETTINGS, settings)) if settings else found()

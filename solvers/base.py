@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -92,6 +93,8 @@ class Solver(ABC):
     """What it is published with, the one to ask first comes first; () = any damage."""
     USES_INTERACTION: ClassVar[bool] = False
     """Minimises ``problem.quadratic`` rather than the sum of damages."""
+    SETTINGS: ClassVar[Mapping[str, Any]] = {}
+    """Name -> default of the constructor's arguments."""
     REQUIRES: ClassVar[tuple[str, ...]] = ()
     """Modules that must be installed."""
 

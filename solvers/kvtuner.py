@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -56,7 +57,8 @@ class KvTuner(Solver):
 
     Args:
         eps: largest distance in ln damage between neighbours of a cluster.
-        exact: solve the clustered problem exactly instead of by NSGA-II.
+        exact: solve the clustered problem exactly instead of by NSGA-II (``--set exact=false``).
+        trials, population: of NSGA-II.
     """
 
     NAME: ClassVar[str] = "kvtuner"
@@ -65,8 +67,19 @@ class KvTuner(Solver):
         "KVTuner (Li et al. 2025), sections 5.1-5.3; sum of damages in place of task accuracy"
     )
 
-    def __init__(self, eps: float = 0.35, exact: bool = True) -> None:
+    SETTINGS: ClassVar[Mapping[str, Any]] = {"eps": 0.35, "exact": True, "trials": 1000, "population": 50}
+
+    def __init__(
+        self, eps: float = 0.35, exact: bool = True, trials: int = 1000, population: int = 50
+    ) -> None:
         self.eps, self.exact = eps, exact
+        self.search = Nsga2(trials, population)
+
+    def check(self, problem: Problem) -> None:
+        """Also what NSGA-II needs, where it is asked for."""
+        super().check(problem)
+        if not self.exact:
+            self.search.check(problem)
 
     def _solve(self, problem: Problem, seed: int, deadline: float) -> Found:
         c = problem.classes
@@ -79,5 +92,5 @@ class KvTuner(Solver):
         allowed = np.ones(shape, bool)
         np.logical_and.at(allowed, labels, kept)
         clustered = Problem.of(np.where(allowed, damage, np.nan), size, problem.limit_bytes, allowed=allowed)
-        found = (Mckp() if self.exact else Nsga2())._solve(clustered, seed, deadline)
+        found = (Mckp() if self.exact else self.search)._solve(clustered, seed, deadline)
         return Found(c.expand(np.asarray(found.choice)[labels]), FEASIBLE, found.evaluations)

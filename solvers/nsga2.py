@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
+from bitatlas.analysis.schema import UserError
 from bitatlas.solvers.base import FEASIBLE, TIME_LIMIT, Found, Solver
 from bitatlas.solvers.problem import Problem
 from bitatlas.solvers.search_space import SearchSpace
@@ -27,7 +29,12 @@ class Nsga2(Solver):
     SOURCE: ClassVar[str] = "Deb et al. 2002, a fast and elitist multiobjective genetic algorithm; optuna"
     REQUIRES: ClassVar[tuple[str, ...]] = ("optuna",)
 
+    SETTINGS: ClassVar[Mapping[str, Any]] = {"trials": 1000, "population": 50}
+
     def __init__(self, trials: int = 1000, population: int = 50) -> None:
+        if trials < 1 or population < 2:
+            raise UserError(f"{self.NAME} needs a trial, and two plans to cross", found=f"trials {trials}, population {population}",
+                            fix="trials=1000 and population=50")  # fmt: skip
         self.trials = trials
         self.population = population
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,8 +21,10 @@ class RandomBest(Solver):
     TITLE: ClassVar[str] = "Random, best of 256"
     SOURCE: ClassVar[str] = "baseline; Li & Talwalkar 2019, random search and reproducibility"
 
+    SETTINGS: ClassVar[Mapping[str, Any]] = {"samples": 256}
+
     def __init__(self, samples: int = 256) -> None:
-        self.samples = samples
+        self.samples = max(1, samples)
 
     def _solve(self, problem: Problem, seed: int, deadline: float) -> Found:
         rng = np.random.default_rng(seed)

@@ -18,6 +18,7 @@ from bitatlas.analysis.schema import Objective, UserError
 from bitatlas.solvers.infeasible import check_feasible
 from bitatlas.solvers.mckp import Mckp
 from bitatlas.solvers.problem import Problem
+from bitatlas.solvers.settings import checked_settings
 
 __all__ = ["Reading", "Searcher", "State", "solve_costs"]
 
@@ -94,30 +95,7 @@ class Searcher(ABC):
         Raises:
             UserError: an unknown name, or a value of another kind.
         """
-        unknown = sorted(set(settings) - set(cls.SETTINGS))
-        if unknown:
-            raise UserError(
-                f"{cls.NAME} has no setting {', '.join(unknown)}",
-                found=f"settings: {', '.join(cls.SETTINGS)}",
-            )
-        out = dict(cls.SETTINGS)
-        for name, value in settings.items():
-            default = cls.SETTINGS[name]
-            like = "/".join(map(str, default)) if isinstance(default, tuple) else repr(default)
-            wrong = UserError(f"the setting {name} of {cls.NAME} has the wrong kind", found=repr(value), fix=f"something like {like}")  # fmt: skip
-            try:
-                if isinstance(default, tuple):
-                    parts = value.split("/") if isinstance(value, str) else list(np.atleast_1d(value))
-                    out[name] = tuple(type(default[0])(v) for v in parts)
-                    ok = bool(out[name]) and min(out[name]) > 0
-                else:
-                    out[name] = type(default)(value)
-                    ok = isinstance(default, str) or bool(np.isfinite(out[name]) and out[name] >= 0)
-            except (TypeError, ValueError):
-                raise wrong from None
-            if not ok:
-                raise wrong
-        return out
+        return checked_settings(cls.NAME, cls.SETTINGS, settings)
 
     @classmethod
     def readings(cls, settings: Mapping[str, Any], starts: int, step: int) -> tuple[Reading, ...]:

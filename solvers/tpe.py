@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,8 +26,10 @@ class Tpe(Solver):
     SOURCE: ClassVar[str] = "Bergstra et al. 2011, algorithms for hyper-parameter optimization; optuna"
     REQUIRES: ClassVar[tuple[str, ...]] = ("optuna",)
 
+    SETTINGS: ClassVar[Mapping[str, Any]] = {"trials": 300}
+
     def __init__(self, trials: int = 300) -> None:
-        self.trials = trials
+        self.trials = max(1, trials)
 
     def _solve(self, problem: Problem, seed: int, deadline: float) -> Found:
         import optuna

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from bitatlas.analysis.schema import (
     KV_DAMAGES,
@@ -51,6 +53,7 @@ def solve_joint(
     context: int,
     batch: int,
     solver: str = "mckp",
+    settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     provenance: Provenance | None = None,
 ) -> Allocation:
@@ -78,7 +81,7 @@ def solve_joint(
             found=f"the smallest formats take {format_bytes(smallest + index.kept_bytes + reserve_bytes)}",
             fix="a shorter --context, a smaller --batch, smaller formats, or more memory",
         )
-    solution = get_solver(solver).solve(joint.problem, seed=seed)
+    solution = get_solver(solver, settings).solve(joint.problem, seed=seed)
     choice, plan = joint.split(solution.choice)
     payload, kv_bytes = joint.spent(solution.choice)
     label = f"{format_bytes(total_bytes)}, context {context}, batch {batch}, weights and KV cache together"

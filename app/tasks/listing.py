@@ -42,7 +42,7 @@ def solvers() -> list[dict[str, Any]]:
 
     rows = [
         {"name": s.NAME, "title": s.TITLE, "command": "solve", "exact": s.EXACT, "front": s.FRONT, "ties": s.HANDLES_TIES,
-         "needs_damage": s.NEEDS_DAMAGE, "settings": "", "source": s.SOURCE}
+         "needs_damage": s.NEEDS_DAMAGE, "settings": " ".join(f"{k}={_short(v)}" for k, v in s.SETTINGS.items()), "source": s.SOURCE}
         for s in SOLVERS.values()
     ]  # fmt: skip
     return rows + [

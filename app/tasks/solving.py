@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,6 +204,7 @@ def solve(
     active_bytes: str | int | None = None,
     experts: ExpertRules | None = None,
     quantizer: str = "",
+    settings: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
 ) -> Allocation:
     """The best allocation that a solver finds within a budget; stored, and written to ``output`` when named.
@@ -216,6 +218,7 @@ def solve(
     kernel table of this machine, ``bops`` per token (in 10^9), ``active_bytes`` read per step.
     ``experts``: limits on groups of experts, floors for rare ones, ties among them (`app.expert_rules`).
     ``quantizer``: only a measurement that rounded with this one; by default the newest of any.
+    ``settings``: of the solver, such as ``{"exact": False}`` for `kvtuner` (`bitatlas solvers` lists them).
 
     Raises:
         UserError: not measured, an unknown quantiser, impossible budget (names the smallest possible one), a pin that matches nothing.
@@ -237,7 +240,7 @@ def solve(
         )
     rules = experts or ExpertRules()
     solver = solver or ("ilp" if asked else "hull" if rules.limits else "mckp")
-    algorithm = get_solver(solver)
+    algorithm = get_solver(solver, settings)
     store, index, metric, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm, quantizer
     )
@@ -249,8 +252,8 @@ def solve(
         cache = find_kv_table(store, index, kv_metric)
         allocation = solve_joint(
             index, problem, cache, total_bytes=parse_bytes(fit), reserve_bytes=reserve_bytes(reserve), context=context,
-            batch=batch, solver=solver, seed=seed,
-            provenance=_provenance(index, table, names, solver, limits, seed, metric=metric, kv_run=cache.run, **(rules.settings() if rules else {})),
+            batch=batch, solver=solver, settings=settings, seed=seed,
+            provenance=_provenance(index, table, names, solver, limits, seed, metric=metric, kv_run=cache.run, **_told(settings), **(rules.settings() if rules else {})),
         )  # fmt: skip
     else:
         same = cache_pairs(index, kv_bits, kv_plan)
@@ -260,7 +263,9 @@ def solve(
         asked_for = problem.with_limit(problem.limit_bytes + budget.weights_bytes - index.kept_bytes)
         if asked_for.min_bytes > asked_for.limit_bytes:
             raise too_small(asked_for, budget)
-        allocation = _solved(asked_for, index, table, names, budget, solver, limits, seed, side, rules)
+        allocation = _solved(
+            asked_for, index, table, names, budget, solver, limits, seed, side, rules, settings
+        )
         allocation = replace(allocation, kv=pair_names(same))
     store.put_allocation(allocation)
     if output is not None:
@@ -287,15 +292,21 @@ def solve_table(
 
 def _solved(
     problem: Problem, index: ModelIndex, table: SensitivityTable | None, formats: tuple[str, ...], budget: Budget, solver: str,
-    limits: Limits | None, seed: int, side: SideLimits | None, rules: ExpertRules | None = None,
+    limits: Limits | None, seed: int, side: SideLimits | None, rules: ExpertRules | None = None, settings: Mapping[str, Any] | None = None,
 ) -> Allocation:  # fmt: skip
     if side is not None:
         problem = replace(problem, side=(*problem.side, *side.budgets(index, problem.formats)))
-    algorithm = get_solver(solver)
+    algorithm = get_solver(solver, settings)
     solution = algorithm.solve(with_probes(problem, table, algorithm), seed=seed)
-    more = (side.settings() if side is not None else {}) | (rules.settings() if rules else {})
+    more = (
+        _told(settings) | (side.settings() if side is not None else {}) | (rules.settings() if rules else {})
+    )
     provenance = _provenance(index, table, formats, solver, limits, seed, **more)
     return in_own_bytes(to_allocation(problem, solution, index, budget=budget, provenance=provenance), index)
+
+
+def _told(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"solver_settings": dict(settings)} if settings else {}
 
 
 def in_own_bytes(allocation: Allocation, index: ModelIndex) -> Allocation:

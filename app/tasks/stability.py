@@ -38,7 +38,9 @@ def stability(store: Store, index: ModelIndex, plan: Allocation) -> Stability:
         factors, how = _factors(store, index, problem, table)
     except UserError as error:
         return Stability(None, _plain(error))
-    solver = get_solver(str(plan.provenance.settings["solver"]))
+    solver = get_solver(
+        str(plan.provenance.settings["solver"]), plan.provenance.settings.get("solver_settings")
+    )
     column = {name: j for j, name in enumerate(problem.formats)}
     rows = np.arange(len(problem.units))
     chosen = np.array([column[plan.formats[u]] for u in problem.units])

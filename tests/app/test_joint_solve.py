@@ -102,3 +102,35 @@ def test_the_page_draws_from_a_link(index):
     assert "K at 4 bits hurts" in next(m.value for m in at.markdown if m.value.startswith("## "))
     assert any("--kv" in c.value and "--context 4096" in c.value for c in at.code)
     assert any("Give the KV cache" in m.value for m in at.markdown)
+
+
+def test_settings_of_the_solver_reach_it_from_the_command_line(index, tmp_path):
+    from typer.testing import CliRunner
+
+    from bitatlas.analysis.schema import Allocation
+    from bitatlas.app.cli import app
+
+    def run(*more):
+        out = tmp_path / "a.json"
+        told = CliRunner().invoke(
+            app, ["solve", "m", "--metric", "fisher_projection", "--fit", "2400000", "--context", "4096", "--reserve", "1000",
+                  "--solver", "kvtuner", "-o", str(out), "--json", *more]
+        )  # fmt: skip
+        return told, out
+
+    kv = ("--kv",)
+    done, out = run(*kv, "--set", "exact=false", "--set", "trials=40")
+    assert done.exit_code == 0, done.output
+    published = Allocation.from_json(out.read_text())
+    assert published.provenance.settings["solver_settings"] == {"exact": False, "trials": 40}
+    done, out = run(*kv)
+    exact = Allocation.from_json(out.read_text())
+    assert "solver_settings" not in exact.provenance.settings
+    assert exact.predicted < published.predicted
+    done, out = run("--kv-bits", "4", "--set", "exact=false", "--set", "trials=40")
+    assert done.exit_code == 0, done.output
+    weights = Allocation.from_json(out.read_text())
+    assert weights.provenance.settings["solver_settings"]["trials"] == 40
+    wrong, _ = run("--kv-bits", "4", "--set", "exact=perhaps")
+    assert wrong.exit_code == 2
+    assert "wrong kind" in wrong.output

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from bitatlas.solvers import Problem
+from bitatlas.analysis.schema import UserError
+from bitatlas.solvers import Problem, get_solver
 from bitatlas.solvers.kvtuner import KvTuner, cluster, pareto
 from tests.conformance.solver import SolverConformance
 
@@ -59,3 +60,27 @@ def test_the_clustered_optimum_is_exact_and_the_published_search_comes_near():
     )
     assert KvTuner().solve(problem).certificate.objective == pytest.approx(best)
     assert best <= KvTuner(exact=False).solve(problem, seed=0).certificate.objective <= 1.5 * best
+
+
+def test_settings_reach_it_by_name():
+    exact, published = (
+        get_solver("kvtuner"),
+        get_solver("kvtuner", {"exact": False, "trials": 60, "eps": 0.5}),
+    )
+    assert isinstance(exact, KvTuner)
+    assert isinstance(published, KvTuner)
+    assert (exact.exact, exact.eps) == (True, 0.35)
+    assert (published.exact, published.eps, published.search.trials) == (False, 0.5, 60)
+    problem = Problem.of(np.outer([4.0, 2.0, 1.0], [1.0, 0.2, 0.04]), np.full((3, 3), [10, 20, 30]), 60)
+    assert published.solve(problem).evaluations == 60
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"exact": "no"}, "exact of kvtuner has the wrong kind"), ({"trial": 3}, "no setting trial"), ({"population": 1, "exact": False}, "two plans")],
+)  # fmt: skip
+def test_wrong_settings(settings, words):
+    with pytest.raises(UserError, match=words):
+        get_solver("kvtuner", settings)
+    with pytest.raises(UserError, match="mckp has no setting eps"):
+        get_solver("mckp", {"eps": 1})
