@@ -18,6 +18,7 @@ __all__ = [
     "Trust",
     "badge",
     "between_runs",
+    "between_texts",
     "decode_choice",
     "encode_choice",
     "judge",
@@ -76,8 +77,10 @@ class Trust:
         tokens: of calibration text; forward_equivalents: tokens forwards + 2 x tokens backwards;
             cost_ratio: that cost over the forward passes of measuring every flip on the truth's text;
             cost_ratio_same_text: the same if both used equally many tokens.
-        calibration_runs, calibration_least: runs that differ in their calibration text or seed only, and the smallest
-            Spearman of the metric with itself between two of them.
+        calibration_runs, calibration_least: runs that differ in their calibration text or seed only (as many tokens, in
+            sequences as long), and the smallest Spearman of the metric with itself between two of them.
+        other_texts, text_least, text_ratio: the calibration texts among them that are not this run's, the smallest Spearman
+            of this run with one of those, and the median of this run's values over theirs where that is farthest from 1.
         same_text: it was measured on the text of the truth, so it flatters itself.
         badge: one of `BADGES`, or ``not judged``.
     """
@@ -114,6 +117,9 @@ class Trust:
     cost_ratio_same_text: float = _NAN
     calibration_runs: int = 0
     calibration_least: float = _NAN
+    other_texts: tuple[str, ...] = ()
+    text_least: float = _NAN
+    text_ratio: float = _NAN
     same_text: bool = False
     badge: str = "not judged"
 
@@ -164,13 +170,38 @@ def between_runs(tables: Sequence[SensitivityTable]) -> float:
     found = []
     for i, a in enumerate(tables):
         for b in tables[i + 1 :]:
-            formats = [f for f in a.formats if f in b.formats]
-            if formats and a.units == b.units:
-                x, y = a.select(formats).damage.ravel(), b.select(formats).damage.ravel()
-                both = np.isfinite(x) & np.isfinite(y)
-                found.append(spearman(x[both], y[both]))
+            x, y = _shared_cells(a, b)
+            found.append(spearman(x, y))
     found = [x for x in found if np.isfinite(x)]
     return min(found) if found else _NAN
+
+
+def between_texts(table: SensitivityTable, others: Mapping[str, SensitivityTable]) -> dict[str, Any]:
+    """What another calibration text changes: ``other_texts``, ``text_least`` and ``text_ratio`` of `Trust`.
+
+    Args:
+        others: name of the text -> the same metric on it.
+    """
+    ranks, ratios = [], []
+    for other in others.values():
+        x, y = _shared_cells(table, other)
+        ranks.append(spearman(x, y))
+        positive = (x > 0) & (y > 0)
+        if positive.any():
+            ratios.append(float(np.exp(np.median(np.log(x[positive] / y[positive])))))
+    ranks = [r for r in ranks if np.isfinite(r)]
+    farthest = max(ratios, key=lambda r: abs(np.log(r)), default=_NAN)
+    return {"other_texts": tuple(others), "text_least": min(ranks, default=_NAN), "text_ratio": farthest}
+
+
+def _shared_cells(a: SensitivityTable, b: SensitivityTable) -> tuple[np.ndarray, np.ndarray]:
+    """Values of both at the cells that both know."""
+    formats = [f for f in a.formats if f in b.formats]
+    if not formats or a.units != b.units:
+        return np.zeros(0), np.zeros(0)
+    x, y = a.select(formats).damage.ravel(), b.select(formats).damage.ravel()
+    both = np.isfinite(x) & np.isfinite(y)
+    return x[both], y[both]
 
 
 def _agree(x: np.ndarray, y: np.ndarray, floor: float) -> Agreement | None:

@@ -134,7 +134,7 @@ def _verify(data: dict[str, Any]) -> None:
 
 
 _TRUST = ("metric", "badge", "flips", "flip_spearman", "flip_within", "allocations", "spearman", "band_least", "ratio",
-          "top_overlap", "cost_ratio_same_text", "calibration_least")  # fmt: skip
+          "top_overlap", "cost_ratio_same_text", "calibration_least", "text_least")  # fmt: skip
 
 
 def _trust(data: dict[str, Any]) -> None:

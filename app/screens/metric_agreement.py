@@ -30,7 +30,8 @@ __all__ = ["page"]
 _TRUST = {
     "metric": "Metric", "badge": "Badge", "flips": "Flips", "flip_within": "Flips: rank in a format", "flip_spearman": "Flips: rank, all",
     "allocations": "Allocations", "spearman": "Allocations: rank", "band_least": "Worst half-bit band", "ratio": "Predicted / measured",
-    "top_overlap": "Top-k overlap", "cost_ratio_same_text": "Cost / every flip", "calibration_least": "With itself, other text",
+    "top_overlap": "Top-k overlap", "cost_ratio_same_text": "Cost / every flip", "calibration_least": "With itself, other seed or text",
+    "text_least": "With itself, other text", "text_ratio": "Its values / on other text",
 }  # fmt: skip
 
 

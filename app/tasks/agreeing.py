@@ -25,6 +25,7 @@ from bitatlas.analysis.trust import (
     AllocationTruths,
     Trust,
     between_runs,
+    between_texts,
     decode_choice,
     judge,
     sum_of_choices,
@@ -65,6 +66,7 @@ def trust_csv(rows: list[Trust]) -> str:
         data = row.to_dict()
         for name, prefix in (("flip_formats", "flip_"), ("bands", "band_"), ("band_counts", "band_count_")):
             data |= {prefix + key: value for key, value in data.pop(name).items()}
+        data["other_texts"] = "; ".join(data["other_texts"])
         flat.append(data)
     columns = list(dict.fromkeys(name for row in flat for name in row))
     text = io.StringIO()
@@ -106,11 +108,12 @@ def trust_rows(store: Store, index: ModelIndex, home: Home, *, costs: bool = Fal
             continue  # a sample of flips cannot be judged by itself
         table = store.table(run.run, name, keys)
         facts = _facts(run, name, index, costs)
-        alike = [r for r in candidates if r.settings == run.settings and r.formats == run.formats][:_TEXTS]
-        selves = between_runs([table, *(store.table(r.run, name, keys) for r in alike if r is not run)])
+        alike = [r for r in candidates if _size(r) == _size(run)][:_TEXTS]
+        again = {r.run: store.table(r.run, name, keys) for r in alike if r is not run}
+        others = {_source(r): again[r.run] for r in reversed(alike) if _source(r) != _source(run)}
         common: dict[str, Any] = {
             "run": run.run, "unit": facts.unit, "tokens": int(run.provenance.get("tokens") or 0),
-            "forward_equivalents": facts.forwards, "calibration_runs": len(alike), "calibration_least": selves,
+            "forward_equivalents": facts.forwards, "calibration_runs": len(alike), "calibration_least": between_runs([table, *again.values()]), **between_texts(table, others),
             "same_text": bool(source) and _source(run) == source, **_ratios(facts.forwards, run, every, flip_run),
         }  # fmt: skip
         nats = facts.unit == _NATS
@@ -155,6 +158,12 @@ def _facts(run: RunInfo, name: str, index: ModelIndex, costs: bool) -> _Facts:
     cost = metric.cost(ctx)
     unit = metric.UNIT if unit == name and name == run.metric else unit
     return _Facts(unit, metric.ADDITIVE and per_format, float(cost.forward_tokens + 2 * cost.backward_tokens))
+
+
+def _size(run: RunInfo) -> tuple[Any, ...]:
+    """What two runs have to share so that their texts and seeds alone can tell them apart."""
+    told = run.provenance.get("settings") or {}
+    return run.settings, run.formats, run.provenance.get("tokens"), told.get("seq_len"), told.get("mode")
 
 
 def _source(run: RunInfo | None) -> str:

@@ -7,7 +7,15 @@ import pytest
 from scipy import stats
 
 from bitatlas.analysis.schema import NO_FORMAT, SensitivityTable
-from bitatlas.analysis.trust import AllocationTruths, badge, between_runs, judge, sum_of_choices, top_overlap
+from bitatlas.analysis.trust import (
+    AllocationTruths,
+    badge,
+    between_runs,
+    between_texts,
+    judge,
+    sum_of_choices,
+    top_overlap,
+)
 
 UNITS = tuple(f"u{i}" for i in range(40))
 FORMATS = ("int2-g64", "int3-g64", "int4-g64")
@@ -104,6 +112,21 @@ def test_top_overlap_and_runs_of_other_texts(truth):
     want = min(stats.spearmanr(noisy[a].damage.ravel(), noisy[b].damage.ravel()).statistic for a, b in pairs)
     assert least == pytest.approx(want)
     assert np.isnan(between_runs(noisy[:1]))
+
+
+def test_what_another_text_changes(truth):
+    rng = np.random.default_rng(3)
+    near = table(truth.damage * 1.1)
+    far = table(truth.damage * 0.25 * rng.lognormal(0, 0.5, truth.damage.shape))
+    told = between_texts(truth, {"near": near, "far": far})
+    assert told["other_texts"] == ("near", "far")
+    assert told["text_least"] == pytest.approx(
+        stats.spearmanr(truth.damage.ravel(), far.damage.ravel()).statistic
+    )
+    assert told["text_ratio"] == pytest.approx(np.exp(np.median(np.log(truth.damage / far.damage))))
+    alone = between_texts(truth, {})
+    assert alone["other_texts"] == ()
+    assert np.isnan([alone["text_least"], alone["text_ratio"]]).all()
 
 
 def test_badges():

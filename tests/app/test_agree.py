@@ -39,7 +39,7 @@ def measured(tiny_checkpoint, tmp_path_factory):
     """A tiny model with a truth on one text, two metrics on another, one of them twice."""
     root = tmp_path_factory.mktemp("agree")
     rng = np.random.default_rng(0)
-    for name in ("calibration", "held-out"):
+    for name in ("calibration", "held-out", "other", "longer"):
         words = ["".join(rng.choice(list("etaoinshr"), 4)) for _ in range(90)]
         (root / f"{name}.txt").write_text("\n".join(" ".join(rng.choice(words, 9)) for _ in range(200)))
     index = index_model(tiny_checkpoint("llama"))
@@ -54,6 +54,9 @@ def measured(tiny_checkpoint, tmp_path_factory):
         (["kl_flip"], "held-out", 0, {"flips": 24}),
         (["fisher_projection", "weight_error", "quantmoe_outlier"], "calibration", 0, {"draws": 1}),
         (["fisher_projection"], "calibration", 1, {"draws": 1}),
+        (["weight_error", "massive_activations"], "calibration", 0, {}),
+        (["massive_activations"], "longer", 0, {}),
+        (["massive_activations"], "other", 0, {}),
     ):
         params = {
             **common,
@@ -62,6 +65,8 @@ def measured(tiny_checkpoint, tmp_path_factory):
             "seed": seed,
             "settings": settings,
         }
+        if text == "longer":
+            params |= {"tokens": 256}
         run(MeasureWork(params, home), store)
     return home, store, index, result
 
@@ -128,6 +133,20 @@ def test_the_choice_of_text_is_told(measured):
 
     assert len(tables) == 2
     assert row.calibration_least == pytest.approx(stats.spearmanr(*tables).statistic)
+    assert row.other_texts == ()  # the same text by another seed
+    assert np.isnan(row.text_least)
+
+
+def test_texts_are_compared_where_only_the_text_differs(measured):
+    home, store, index, _ = measured
+    row = next(r for r in trust_rows(store, index, home) if r.metric == "massive_activations")
+    runs = [e.run for e in store.metrics_of(index.digest) if e.metric == "massive_activations"]
+    assert len(runs) == 3  # one of them of twice the tokens
+    assert store.run(row.run).provenance["tokens"] == 128
+    assert [n.rpartition("/")[2] for n in row.other_texts] == ["calibration.txt"]
+    assert -1 <= row.text_least <= 1
+    assert row.text_ratio > 0
+    assert row.calibration_runs == 2
 
 
 def test_the_csv_has_a_column_for_every_band_and_no_nan(measured):
