@@ -95,6 +95,8 @@ def search(
     )
     if most is not None and not json_output:
         print(f"{solver}: at most {most:,} forward-equivalent tokens", file=sys.stderr)
+    for note in tasks.text_notes(solver, tokens, chosen, len(start or [])) if not json_output else ():
+        print(f"note: {note}", file=sys.stderr)
     result = tasks.search(
         model, solver=solver, metric=metric, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
         kv_bits=kv_bits, kv_plan=kv_plan, reserve=reserve, formats=formats, pins=pin or [], target=target,

@@ -19,7 +19,7 @@ class EvoPress(Searcher):
 
     Settings: ``steps`` generations, ``offspring``, ``survivors`` and ``tokens`` of the stages (4/2/1), ``initial`` random
     starts scored on ``initial_tokens``; ``groups`` size | name | none; ``scale`` multiplies every number of tokens. The
-    defaults are the published schedule for quantisation.
+    defaults are the published schedule for quantisation; its last stage wants a pool of at least 131 072 tokens.
     """
 
     NAME: ClassVar[str] = "evopress"

@@ -111,6 +111,12 @@ class Searcher(ABC):
         steps = [cls.readings(settings, starts, number) for number in range(int(settings["steps"]) + 1)]
         return sum(r.most(pool) for step in steps for r in step) if any(steps) else None
 
+    @classmethod
+    def longest_text(cls, settings: Mapping[str, Any], starts: int) -> int:
+        """Tokens of the longest text that a candidate of the first steps is read on; 0 where nobody can tell."""
+        steps = range(min(int(settings["steps"]), 1) + 1)
+        return max((r.tokens for n in steps for r in cls.readings(settings, starts, n)), default=0)
+
     @property
     def steps(self) -> int:
         """Steps of a whole search, the first one (`begin`) not counted."""

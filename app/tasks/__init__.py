@@ -22,7 +22,7 @@ from bitatlas.app.tasks.measuring import (
 from bitatlas.app.tasks.models import confine, confine_text, open_index, register, scan
 from bitatlas.app.tasks.refining import refine, submit_refine
 from bitatlas.app.tasks.repairing import repair
-from bitatlas.app.tasks.searching import search, search_candidates, search_tokens, submit_search
+from bitatlas.app.tasks.searching import search, search_candidates, search_tokens, submit_search, text_notes
 from bitatlas.app.tasks.shipping import check, export, generate, pack, submit_pack
 from bitatlas.app.tasks.solving import (
     build_problem,
@@ -84,6 +84,7 @@ __all__ = [
     "submit_random_allocations",
     "submit_refine",
     "submit_search",
+    "text_notes",
     "submit_verify",
     "targets",
     "truth",

@@ -28,7 +28,15 @@ from bitatlas.cache.store import Store
 from bitatlas.solvers import Problem, get_searcher
 from bitatlas.solvers.infeasible import check_feasible
 
-__all__ = ["search", "search_candidates", "search_problem", "search_run", "search_tokens", "submit_search"]
+__all__ = [
+    "search",
+    "search_candidates",
+    "search_problem",
+    "search_run",
+    "search_tokens",
+    "submit_search",
+    "text_notes",
+]
 
 PRECISIONS = ("float32", "bfloat16")
 Named = str | Path | Allocation
@@ -187,6 +195,16 @@ def search_tokens(
     kind = get_searcher(solver)
     chosen = kind.checked(dict(settings or {}) | ({} if steps is None else {"steps": steps}))
     return kind.most_tokens(chosen, starts, tokens)
+
+
+def text_notes(solver: str, tokens: int, settings: Mapping[str, Any], starts: int = 0) -> list[str]:
+    """What a pool of ``tokens`` does to a search's schedule: nothing, or which text is cut short, in words."""
+    kind = get_searcher(solver)
+    longest = kind.longest_text(kind.checked(settings), starts)
+    if longest <= tokens:
+        return []
+    return [f"{kind.TITLE} asks for texts of {longest:,} tokens and the pool has {tokens:,}: its longest stages read the whole pool, "
+            f"the same text each time; --tokens {longest} where the text has as many, or a shorter schedule"]  # fmt: skip
 
 
 def search_candidates(job: str) -> list[dict[str, Any]]:

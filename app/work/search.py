@@ -28,7 +28,7 @@ from bitatlas.analysis.schema import (
     parse_format,
 )
 from bitatlas.app.jobs.work import Work
-from bitatlas.app.tasks.searching import search_problem, search_run
+from bitatlas.app.tasks.searching import search_problem, search_run, text_notes
 from bitatlas.app.tasks.solving import in_own_bytes
 from bitatlas.app.work.checkpoint import loadable, unchanged
 from bitatlas.app.work.parts import load_part, save_part
@@ -149,6 +149,7 @@ class SearchWork(Work):
             "forward_tokens": forward, "backward_tokens": backward, "forward_equivalents": forward + 2 * backward,
             "computed_tokens": float(last["spent"][2]), "evaluations": int(last["spent"][3]), "from": list(p["start"]),
             "settings": p["settings"], "candidates": self._run_id,
+            "notes": text_notes(p["solver"], p["tokens"], p["settings"], len(p["start"])),
         }  # fmt: skip
         settings = {"run": p["run"], "metric": p["metric"], "formats": list(p["formats"]), "solver": p["solver"], "target": p["target"],
                     "refined" if p["solver"] == "refine" else "search": told}  # fmt: skip

@@ -107,6 +107,25 @@ def test_the_tokens_told_beforehand_are_those_that_were_spent(case: dict[str, An
     )
 
 
+def test_a_pool_shorter_than_the_schedule_is_said(evolved: dict[str, Any]):
+    assert evolved["result"]["notes"] == []
+    (note,) = searching.text_notes("evopress", 65536, {})
+    assert "131,072" in note
+    assert "65,536" in note
+    assert "--tokens 131072" in note
+    assert searching.text_notes("evopress", 131072, {}) == []
+    assert searching.text_notes("evopress", 65536, {"scale": 0.5}) == []
+    assert searching.text_notes("random_search", 1 << 20, {}) == []
+
+
+def test_a_short_pool_is_a_note_of_the_result(case: dict[str, Any]):
+    work = SearchWork(params(case, steps=1, tokens=72, settings=SMALL), Home.default())
+    result = finished(work)
+    assert "texts of 96 tokens and the pool has 72" in result["notes"][0]
+    told = Store(Home.default()).allocation(result["allocation"]).provenance.settings["search"]
+    assert told["notes"] == result["notes"]
+
+
 def test_path_is_the_default(case: dict[str, Any]):
     searching.submit_search(
         case["model"], metric="weight_error", bits=3.5, formats=FORMATS, calibration=case["text"], tokens=192
