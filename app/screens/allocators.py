@@ -22,6 +22,7 @@ from bitatlas.app.widgets.boxes import empty_state
 from bitatlas.app.widgets.data import the_study
 from bitatlas.app.widgets.frame import title
 from bitatlas.app.widgets.look import current_palette
+from bitatlas.app.widgets.search_panel import search_panel
 from bitatlas.app.widgets.twin import cli_twin, command, downloads
 from bitatlas.solvers import SOLVERS, get_solver
 
@@ -79,6 +80,7 @@ def page() -> None:
     cli_twin(
         command("frontier", study.index.path, metric=metric, solver=chosen[0] if chosen else "hull", formats=",".join(formats))
     )  # fmt: skip
+    search_panel(study)
     downloads("allocators", lambda: frame, view.to_dict, "allocators")
 
 

@@ -14,7 +14,7 @@ from bitatlas.app.expert_rules import ExpertRules
 from bitatlas.app.kv_plan import decode_kv, kv_pairs
 
 __all__ = [
-    "PIN_FORMATS", "Asked", "Bounds", "bounds", "decode_question", "encode_question", "preferred", "twin", "usual",
+    "PIN_FORMATS", "Asked", "Bounds", "bounds", "decode_question", "encode_question", "pin_rules", "preferred", "twin", "usual",
 ]  # fmt: skip
 
 PIN_FORMATS: tuple[str, ...] = tuple(
@@ -170,12 +170,12 @@ def twin(path: str, asked: Asked, pins: Mapping[str, str]) -> str:
     parts += ["--expert-groups", asked.groups] if asked.rules else []
     for limit in asked.rules.limits:
         parts += ["--group-limit", limit]
-    for rule in _rules(pins):
+    for rule in pin_rules(pins):
         parts += ["--pin", rule]
     return shlex.join([*parts, "-o", "allocation.json"])
 
 
-def _rules(pins: Mapping[str, str]) -> list[str]:
+def pin_rules(pins: Mapping[str, str]) -> list[str]:
     """One anchored rule per format, so that a lasso of a hundred experts stays one flag."""
     by_format: dict[str, list[str]] = {}
     for unit, name in pins.items():

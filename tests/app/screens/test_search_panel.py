@@ -1,0 +1,89 @@
+"""A search begun and followed on the Allocators page."""
+
+from __future__ import annotations
+
+import pytest
+
+from bitatlas.analysis.schema import UserError
+from bitatlas.app import tasks
+from bitatlas.app.jobs.status import JobStatus
+from bitatlas.app.views.fit_controls import Asked, encode_question
+from bitatlas.app.widgets import search_panel
+from bitatlas.cache.store import Store
+from tests.app.screens.pages import open_page
+
+ASKED = Asked("fisher_projection", ("int2-g64", "int4-g64"), 2_000_000, 256, 2, "8/4", 5000, "vllm")
+
+
+def test_without_a_question_the_fit_page_is_named(filled):
+    at = open_page("allocators", study=filled[0])
+    assert "Ask on the Fit page" in [e.proto.label for e in at.get("page_link")]
+    assert "start_search" not in [b.key for b in at.button]
+
+
+def test_a_search_is_begun_for_the_question_of_fit(filled, monkeypatch):
+    begun: list[dict] = []
+
+    def submit(model, **options):
+        begun.append(options)
+        return "job1"
+
+    monkeypatch.setattr(tasks, "submit_search", submit)
+    at = open_page(
+        "allocators", study=filled[0], ask=encode_question(ASKED), pins="2-3=int8-g64", search="evopress"
+    )
+    told = next(c.value for c in at.caption if "forward-equivalent" in c.value)
+    assert f"{tasks.search_tokens('evopress'):,}" in told
+    at.number_input(key="search_steps_evopress").set_value(3).run()
+    at.button(key="start_search").click().run()
+    assert not at.exception
+    asked = begun[0]
+    assert (asked["solver"], asked["steps"], asked["fit"], asked["context"], asked["batch"]) == (
+        "evopress",
+        3,
+        2_000_000,
+        256,
+        2,
+    )
+    assert (asked["kv_plan"], asked["reserve"], asked["formats"], asked["target"]) == (
+        "8/4",
+        5000,
+        ASKED.formats,
+        "vllm",
+    )
+    assert set(asked["pins"].values()) == {"int8-g64"}
+    assert len(asked["pins"]) == 2
+    assert at.query_params["job"] in ("job1", ["job1"])
+    line = next(c.value for c in at.code if "bitatlas search" in c.value)
+    assert "--solver evopress" in line
+    assert "--generations 3" in line
+    assert "--pin" in line
+
+
+def test_what_a_search_cannot_take_is_told_on_the_page(filled, monkeypatch):
+    def refuse(model, **options):
+        raise UserError("searching needs a calibration text")
+
+    monkeypatch.setattr(tasks, "submit_search", refuse)
+    at = open_page("allocators", study=filled[0], ask=encode_question(ASKED))
+    at.button(key="start_search").click().run()
+    assert any("needs a calibration text" in e.value for e in at.error)
+
+
+@pytest.mark.parametrize(("state", "seen"), [("running", True), ("cancelled", True), ("done", False)])
+def test_the_front_of_an_unfinished_search_is_shown(filled, home, monkeypatch, state, seen):
+    digest = next(m["digest"] for m in Store(home).models() if filled[0].endswith(m["digest"][:8]))
+    jobs = [JobStatus("j", "search", "EvoPress on dense-6", {"digest": digest, "solver": "evopress"}, state),
+            JobStatus("k", "search", "of another model", {"digest": "x", "solver": "evopress"}, "running")]  # fmt: skip
+    rows = [
+        {"payload_bytes": b, "kl": k, "tokens": 64, "forward_equivalents": n}
+        for b, k, n in ((100, 0.5, 64), (200, 0.25, 128))
+    ]
+    monkeypatch.setattr(search_panel, "jobs_now", lambda: jobs)
+    monkeypatch.setattr(search_panel, "follow", lambda: None)
+    monkeypatch.setattr(tasks, "search_candidates", lambda job: rows)
+    at = open_page("allocators", study=filled[0])
+    words = [m.value for m in at.markdown if "measured KL 0.25" in m.value]
+    assert bool(words) == seen
+    assert all(state in w for w in words)
+    assert len(words) < 2  # the other model's is not shown
