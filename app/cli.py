@@ -39,6 +39,7 @@ from bitatlas.app.cli_options import (
     RareFloor,
     Reserve,
     Seed,
+    SolveFormats,
     Solver,
     Target,
     Wait,
@@ -138,7 +139,7 @@ def solve(
         str, typer.Option(help="With --kv: kv_output, kv_fisher or kv_flip; the first that is measured.")
     ] = "",
     reserve: Reserve = "256MiB",
-    formats: Formats = DEFAULT_FORMATS,
+    formats: SolveFormats = None,
     pin: Pins = None,
     target: Target = None,
     seed: Seed = 0,
@@ -182,7 +183,7 @@ def solve(
 @app.command()
 @guarded
 def frontier(
-    model: Model, metric: Damage = "", solver: Solver = "hull", formats: Formats = DEFAULT_FORMATS,
+    model: Model, metric: Damage = "", solver: Solver = "hull", formats: SolveFormats = None,
     pin: Pins = None, target: Target = None, points: Points = 64, expert_groups: ExpertGrouping = "", group_limit: GroupLimits = None,
     rare_floor: RareFloor = "", rare_below: RareBelow = 1, expert_ties: ExpertTies = "free", json_output: Json = False,
 ) -> None:  # fmt: skip

@@ -34,6 +34,7 @@ __all__ = [
     "RareFloor",
     "Reserve",
     "Seed",
+    "SolveFormats",
     "Solver",
     "Target",
     "Wait",
@@ -99,5 +100,12 @@ RareBelow = Annotated[
 ]
 ExpertTies = Annotated[
     str, typer.Option("--expert-ties", help="free, gate-up, expert or layer share a format.")
+]
+SolveFormats = Annotated[
+    str | None,
+    typer.Option(
+        "--formats",
+        help="Comma list; braces expand. int{2,3,4,5,6,8}-g64 without; with --target the measured ones that it takes.",
+    ),
 ]
 DEFAULT_FORMATS = "int{2,3,4,5,6,8}-g64"

@@ -10,14 +10,12 @@ import typer
 
 from bitatlas.app.cli_io import emit, progress_printer
 from bitatlas.app.cli_options import (
-    DEFAULT_FORMATS,
     Batch,
     Bits,
     Bytes,
     Context,
     Damage,
     Fit,
-    Formats,
     Json,
     KvBits,
     KvPlan,
@@ -25,6 +23,7 @@ from bitatlas.app.cli_options import (
     Pins,
     Reserve,
     Seed,
+    SolveFormats,
     Target,
     Wait,
 )
@@ -70,7 +69,7 @@ def search(
     kv_bits: KvBits = 16,
     kv_plan: KvPlan = "",
     reserve: Reserve = "256MiB",
-    formats: Formats = DEFAULT_FORMATS,
+    formats: SolveFormats = None,
     pin: Pins = None,
     target: Target = None,
     calibration: Annotated[Path | None, typer.Option(help="Text or JSONL file; the demo brings its own.")] = None,

@@ -38,7 +38,7 @@ def to_allocation(
         lower_bound=proof.lower_bound,
         gap=proof.gap,
         budget=budget,
-        pins=dict(problem.pins),
+        pins={u: f for u, f in problem.pins.items() if u not in problem.engine_pins},
         kv=dict(kv or {}),
         provenance=provenance or Provenance(model_digest=index.digest, model_name=index.name),
     )

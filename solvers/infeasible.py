@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["check_feasible", "format_that_fits", "in_words", "least_of", "megabytes"]
 
 
+_NEVER = 1 << 46  # bytes; far beyond every model, and units times this is an int64
+
+
 def megabytes(nbytes: int) -> str:
     """``41.2 MB``; ``9.0 kB`` below and ``15.24 GB`` above (powers of ten)."""
     if nbytes >= 1e9:
@@ -72,34 +75,44 @@ def check_feasible(problem: Problem) -> None:
     )
     if problem.kept_bytes:
         found += f"; {megabytes(problem.kept_bytes)} more stay unquantised"
-    advice = [f"a budget of at least {megabytes(smallest + problem.kept_bytes)}"]
-    free = _smallest_without_pins(problem)
-    if problem.pins and free <= problem.limit_bytes:
+    if problem.engine_pins:
+        rows = np.isin(problem.units, list(problem.engine_pins))
+        kept = int(np.where(problem.allowed, problem.bytes, 0).max(axis=1)[rows].sum())
+        found += f"; {problem.engine} has none of these formats for {rows.sum()} units: {megabytes(kept)} at 16 bits"
+    least = smallest + problem.kept_bytes
+    advice = [f"a budget of at least {megabytes(least)} ({least} bytes in all)"]
+    pinned = [u for u in problem.pins if u not in problem.engine_pins]
+    free = _smallest_without_pins(problem, pinned)
+    if pinned and free <= problem.limit_bytes:
         raise UserError(
-            f"the pins make the budget impossible: without the {len(problem.pins)} pinned units it fits",
+            f"the pins make the budget impossible: without the {len(pinned)} pinned units it fits",
             found=f"{found}; without the pins {megabytes(free)}",
             fix=f"drop or lower some pins, or {advice[0]}",
         )
     change = format_that_fits(problem)
-    if change is not None:
+    if change is not None and (change[2] or not problem.engine):
         name, nbytes, fits = change
         advice.insert(0, f"allow {name}: {megabytes(nbytes)}" + ("" if fits else " (the smallest there is)"))
-    raise UserError("the budget is too small for this model", found=found, fix=" or ".join(advice))
+    where = f" in {problem.engine}" if problem.engine else ""
+    raise UserError(f"the budget is too small for this model{where}", found=found, fix=" or ".join(advice))
 
 
-def _smallest_without_pins(problem: Problem) -> int:
-    """Bytes of the smallest allocation if the pins were dropped, ties kept.
+def _smallest_without_pins(problem: Problem, pins: list[str]) -> int:
+    """Bytes of the smallest allocation if these pins were dropped, ties kept.
 
     Formats that only pinned units may take (a pin outside the allowed list) still count only for them.
     """
     position = {key: i for i, key in enumerate(problem.units)}
     labels = tie_labels(problem.units, problem.ties)
-    pinned = np.isin(labels, [labels[position[u]] for u in problem.pins])
+    pinned = np.isin(labels, [labels[position[u]] for u in pins])
     # What the free units may take is what a pinned one could have had.
     general = (
         np.any(problem.allowed[~pinned], axis=0) if (~pinned).any() else np.ones(len(problem.formats), bool)
     )
     allowed = np.where(pinned[:, None], general[None, :] | problem.allowed, problem.allowed)
+    if problem.more_formats is not None:  # unpinned, a unit gets what the engine takes
+        taken = np.column_stack([problem.more_formats(name)[1] for name in problem.formats])
+        allowed &= taken | ~pinned[:, None]
     return _smallest(problem.bytes, allowed, labels)
 
 
@@ -108,7 +121,7 @@ def _smallest(bytes_table: np.ndarray, allowed: np.ndarray, labels: np.ndarray) 
     size, joint = np.zeros(shape, np.int64), np.ones(shape, bool)
     np.add.at(size, labels, bytes_table)
     np.logical_and.at(joint, labels, allowed)
-    return int(np.where(joint, size, np.iinfo(np.int64).max).min(axis=1).sum())
+    return int(np.where(joint, size, _NEVER).min(axis=1).sum())
 
 
 def format_that_fits(problem: Problem) -> tuple[str, int, bool] | None:
@@ -121,15 +134,20 @@ def format_that_fits(problem: Problem) -> tuple[str, int, bool] | None:
     shapes, which = np.unique(problem.shapes, axis=0, return_inverse=True)
     which = which.reshape(-1)
     labels = tie_labels(problem.units, problem.ties)
-    pinned_labels = labels[[problem.units.index(u) for u in problem.pins]] if problem.pins else labels[:0]
-    free = ~np.isin(labels, pinned_labels)
+    position = {key: i for i, key in enumerate(problem.units)}
+    pinned = [labels[position[u]] for u in problem.pins if u not in problem.engine_pins]
+    free = ~np.isin(labels, pinned)
     best: tuple[str, int, bool] | None = None
     for name, fmt in FORMATS.items():
         if name in problem.formats or fmt.kind != "int":
             continue
-        column = np.array([fmt.payload_bytes(int(r), int(c)) for r, c in shapes], np.int64)[which]  # (U,)
+        if problem.more_formats is not None:
+            column, taken = problem.more_formats(name)
+        else:
+            column = np.array([fmt.payload_bytes(int(r), int(c)) for r, c in shapes], np.int64)[which]  # (U,)
+            taken = np.ones(len(column), bool)
         table = np.column_stack([problem.bytes, column])
-        total = _smallest(table, np.column_stack([problem.allowed, free]), labels)
+        total = _smallest(table, np.column_stack([problem.allowed, free & taken]), labels)
         fits = total <= problem.limit_bytes
         if best is None or (fits, total if fits else -total) > (best[2], best[1] if best[2] else -best[1]):
             best = (name, total, fits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -62,6 +62,8 @@ class Problem:
         interaction_scale: 1 / (2 T), so that scale * mean_s a**2 is a damage.
         shrinkage: weight of the cross-unit terms, 0 (additive) to 1 (as measured).
         experts: (U,) int expert number, -1 for units that are no expert.
+        engine: name of the engine that it is solved under, for messages. engine_pins: units of ``pins`` that it pins, not the user.
+        more_formats: name of a format -> (U,) int64 bytes in the engine and (U,) bool where it takes it; None = our own bytes.
         score: (U,) float64 importance, larger = more, NaN = unknown; or None. See `with_score`.
     """
 
@@ -86,6 +88,9 @@ class Problem:
     interaction_scale: float = 1.0
     shrinkage: float = 1.0
     score: np.ndarray | None = None
+    engine: str = ""
+    engine_pins: frozenset[str] = frozenset()
+    more_formats: Callable[[str], tuple[np.ndarray, np.ndarray]] | None = None
 
     @classmethod
     def of(

@@ -20,6 +20,7 @@ class AutoRound(Target):
 
     NAME = "auto-round"
     TITLE = "AutoRound"
+    MEASURE = "int{2,3,4,5,6}-g64,int8-g64-sym"
     SERVES = "AutoRound, and what it exports to: transformers, vLLM, SGLang"
 
     def loads(self, fmt: Format) -> bool:

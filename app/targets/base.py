@@ -99,6 +99,7 @@ class Target(ABC):
     TITLE: ClassVar[str]
     SERVES: ClassVar[str]  # who reads the files, in words
     KV_ENGINE: ClassVar[str] = "transformers"  # whose KV cache it is (`targets.kv`)
+    MEASURE: ClassVar[str] = "int{2,3,4,5,6,8}-g64"  # its own grids: what to measure before solving under it
     TAKES_TEXT: ClassVar[bool] = False  # a calibration text becomes files (`write_text_files`)
     NEEDS_TEXT: ClassVar[bool] = False  # without them its command cannot run
 
@@ -116,6 +117,10 @@ class Target(ABC):
     def ours(fmt: Format) -> bool:
         """Formats that few engines' files hold: tables (NF4, FP4, MXFP4, FP8) and outliers."""
         return fmt.kind not in ("int", "float")
+
+    def own(self, fmt: Format) -> bool:
+        """Whether the codes are those of the engine's own grids, so that damage measured for the format is its damage."""
+        return True
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """Why this unit may not have this format; None when it may."""

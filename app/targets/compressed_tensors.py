@@ -43,6 +43,7 @@ class CompressedTensors(Target):
     TITLE = "compressed-tensors (vLLM, SGLang and transformers)"
     SERVES = "vLLM, SGLang and transformers alike"
     KV_ENGINE = "vllm"
+    MEASURE = "int{2,3,4,5,6,8}-g64-sym"
     ASYMMETRIC_BITS: ClassVar[tuple[int, ...]] = ()
     ASYMMETRIC_RULE: ClassVar[str] = "transformers refuses asymmetric weights"
 

@@ -33,6 +33,7 @@ class GptqModel(Target):
 
     NAME = "gptqmodel"
     TITLE = "GPTQModel"
+    MEASURE = "int{2,3,4,8}-g64"
     SERVES = "GPTQModel, vLLM and SGLang"
     TAKES_TEXT = NEEDS_TEXT = True
 

@@ -7,10 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitatlas.analysis.schema import FORMATS, ModelIndex, TieGroup, UserError, parse_format
+from bitatlas.analysis.schema import (
+    FORMATS,
+    Format,
+    ModelIndex,
+    TieGroup,
+    UserError,
+    expand_formats,
+    parse_format,
+)
 from bitatlas.app.targets.base import Target
 
-__all__ = ["Limits", "limits_of"]
+__all__ = ["Limits", "limits_of", "to_measure"]
 
 _LAST_RESORT = ("bf16", "fp16")
 
@@ -49,6 +57,26 @@ class Limits:
         return table
 
 
+def to_measure(target: Target, index: ModelIndex) -> tuple[str, ...]:
+    """Formats to measure before solving under ``target``: its own grids, where the shapes of the model take them.
+
+    Without two of those, every format of the first grouping of which units take more; nothing where they take none.
+    """
+
+    def taken(fmts: Sequence[Format]) -> tuple[str, ...]:
+        return tuple(f.name for f in fmts if any(target.keeps(u, f, index) for u in index.units))
+
+    names = taken(expand_formats(target.MEASURE))
+    if len(names) > 1:
+        return names
+    ints = [f for f in FORMATS.values() if f.kind == "int"]
+    for group in dict.fromkeys((f.group_size, f.symmetric) for f in ints):
+        found = taken([f for f in ints if (f.group_size, f.symmetric) == group])
+        if len(found) > len(names):
+            return found
+    return names
+
+
 def limits_of(target: Target, index: ModelIndex, formats: Sequence[str]) -> Limits:
     """The limits of ``target`` on a choice among ``formats``.
 
@@ -64,7 +92,7 @@ def limits_of(target: Target, index: ModelIndex, formats: Sequence[str]) -> Limi
         why = f"; {refused[0]}" if refused else "; rows are not whole blocks of its types"
         raise UserError(
             f"{target.NAME} loads none of these formats for {index.name}", found=", ".join(formats) + why,
-            fix=f"it loads {', '.join(target.format_names()[:12])}",
+            fix=f"--formats {','.join(own)}" if (own := to_measure(target, index)) else "another --target",
         )  # fmt: skip
     ties = tuple(target.ties(index))
     units = {u.key: u for u in index.units}

@@ -49,11 +49,16 @@ class LlamaCpp(Target):
     TITLE = "llama.cpp (GGUF)"
     SERVES = "llama.cpp, Ollama, LM Studio and everything else that reads GGUF"
     KV_ENGINE = "llama.cpp"
+    MEASURE = "int{2,3,4,5,6}-g32,int{4,5,8}-g32-sym"
     TAKES_TEXT = True
 
     def loads(self, fmt: Format) -> bool:
         """Every integer format has a ggml type of the same bits; MXFP4 is one itself."""
         return has_type(fmt)
+
+    def own(self, fmt: Format) -> bool:
+        """Blocks of 32; the k-quants that stand for other groups have only the bits in common."""
+        return fmt.kind == "float" or fmt.group_size == 32
 
     def refuses(self, unit: QuantUnit, fmt: Format, index: ModelIndex) -> Finding | None:
         """Only what the GGUF of this architecture has no tensor for."""

@@ -71,14 +71,14 @@ def solve_joint(
         raise UserError("a joint budget needs to know how large the KV cache is",
                         found="config.json gives no heads and head size" if index.kv is None else "no context length",
                         fix="use --bytes" if index.kv is None else "--context 8192")  # fmt: skip
-    limit = total_bytes - reserve_bytes - index.kept_bytes
+    limit = total_bytes - reserve_bytes - weights.kept_bytes
     joint = join_kv(weights, index.kv, cache.formats(), cache.damage, context=context, batch=batch,
                     layout=cache.layout, limit_bytes=limit)  # fmt: skip
     smallest = joint.problem.min_bytes
     if smallest > limit:
         raise UserError(
             f"{format_bytes(total_bytes)} is too small for the weights and the KV cache together",
-            found=f"the smallest formats take {format_bytes(smallest + index.kept_bytes + reserve_bytes)}",
+            found=f"the smallest formats take {format_bytes(smallest + weights.kept_bytes + reserve_bytes)}",
             fix="a shorter --context, a smaller --batch, smaller formats, or more memory",
         )
     solution = get_solver(solver, settings).solve(joint.problem, seed=seed)
@@ -91,6 +91,7 @@ def solve_joint(
         whole,
         formats={u: weights.formats[j] for u, j in zip(weights.units, choice.tolist())},
         payload_bytes=payload,
+        pins={u: f for u, f in weights.pins.items() if u not in weights.engine_pins},
         bits_per_weight=payload * 8 / max(index.params, 1),
         metric=f"{weights.metric}+{cache.metric}",
         kv={layer: (pair.k.name, pair.v.name) for layer, pair in plan.items() if pair.name != "kv16/kv16"},

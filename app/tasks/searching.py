@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.analysis.schema import (
+    SOLVE_BY_DEFAULT,
     Allocation,
     Budget,
     ModelIndex,
     UserError,
-    expand_formats,
     parse_format,
     resolve_pins,
 )
 from bitatlas.app.budgets import resolve_budget
 from bitatlas.app.kv_plan import cache_pairs, pair_names
+from bitatlas.app.tasks.formats_to_solve import formats_to_solve
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait, the_jobs
 from bitatlas.app.tasks.measuring import calibration_file, file_digest
 from bitatlas.app.tasks.models import fit_length, register
@@ -58,7 +59,7 @@ def submit_search(
     kv: Mapping[int, tuple[str, str]] | None = None,
     kv_layout: Mapping[str, int] | None = None,
     reserve: str | int = "256MiB",
-    formats: str | tuple[str, ...] = "int{2,3,4,5,6,8}-g64",
+    formats: str | tuple[str, ...] | None = None,
     pins: list[str] | Mapping[str, str] | None = None,
     target: str | None = None,
     calibration: str | Path | None = None,
@@ -94,12 +95,8 @@ def submit_search(
     kind = get_searcher(solver)
     index = register(model)
     store = Store(Home.default())
-    names = tuple(f.name for f in expand_formats(formats))
-    if target is not None:
-        from bitatlas.app.targets import get_target
-        from bitatlas.app.targets.limits import limits_of
-
-        names = limits_of(get_target(target), index, names).formats
+    metrics = (metric,) if metric else SOLVE_BY_DEFAULT
+    names, _ = formats_to_solve(store, index, formats, target, metrics, bool(metric) or kind.NEEDS_DAMAGE)
     if not metric and kind.NEEDS_DAMAGE:
         metric = default_metric(store, index, names)
     if metric:

@@ -21,7 +21,6 @@ from bitatlas.analysis.schema import (
     SensitivityTable,
     TieGroup,
     UserError,
-    expand_formats,
     is_kv_metric,
     parse_format,
     resolve_pins,
@@ -35,6 +34,7 @@ from bitatlas.app.kv_plan import cache_pairs, pair_names
 from bitatlas.app.side_budgets import SideLimits
 from bitatlas.app.side_budgets import active_bytes as bytes_read
 from bitatlas.app.sizes import format_bytes, format_least, parse_bytes
+from bitatlas.app.tasks.formats_to_solve import formats_to_solve
 from bitatlas.app.tasks.interaction import with_probes
 from bitatlas.app.tasks.joint import find_kv_table, solve_joint
 from bitatlas.app.tasks.models import register
@@ -109,11 +109,19 @@ def build_problem(
     )
     mask = limits.mask(index, problem.formats, free=tuple(pins))
     more = max(0, limits.target.kept_bytes(index) - index.kept_bytes)
+
+    def column(name: str) -> tuple[np.ndarray, np.ndarray]:
+        return limits.bytes(index, (name,))[:, 0], limits.mask(index, (name,))[:, 0]
+
     return replace(
         problem,
         allowed=problem.allowed & mask,
         bytes=limits.bytes(index, problem.formats),
         limit_bytes=limit_bytes - more,
+        kept_bytes=index.kept_bytes + more,
+        engine=limits.target.NAME,
+        engine_pins=frozenset(limits.pins.keys() - pins.keys()),
+        more_formats=column,
     )
 
 
@@ -148,7 +156,7 @@ def expert_evidence(
 def _prepare(
     model: str | Path,
     metric: str,
-    formats: str | tuple[str, ...],
+    formats: str | tuple[str, ...] | None,
     pins: list[str],
     target: str | None,
     algorithm: Solver,
@@ -156,14 +164,9 @@ def _prepare(
 ) -> tuple[Store, ModelIndex, str, SensitivityTable | None, tuple[str, ...], dict[str, str], Limits | None]:
     index = register(model)
     store = Store(Home.default())
-    names = tuple(f.name for f in expand_formats(formats))
-    limits = None
-    if target is not None:
-        from bitatlas.app.targets import get_target
-        from bitatlas.app.targets.limits import limits_of
-
-        limits = limits_of(get_target(target), index, names)
-        names = limits.formats
+    metrics = (metric,) if metric else tuple(algorithm.METRICS) or SOLVE_BY_DEFAULT
+    needs = algorithm.NEEDS_DAMAGE or bool(algorithm.METRICS)
+    names, limits = formats_to_solve(store, index, formats, target, metrics, needs)
     pinned = resolve_pins(pins, index.unit_keys())
     if not metric and algorithm.METRICS:
         known = (m for m in algorithm.METRICS if store.latest_run(index.digest, m, names))
@@ -195,7 +198,7 @@ def solve(
     kv: bool = False,
     kv_metric: str = "",
     reserve: str | int = "256MiB",
-    formats: str | tuple[str, ...] = "int{2,3,4,5,6,8}-g64",
+    formats: str | tuple[str, ...] | None = None,
     pins: list[str] | None = None,
     target: str | None = None,
     seed: int = 0,
@@ -210,6 +213,7 @@ def solve(
     """The best allocation that a solver finds within a budget; stored, and written to ``output`` when named.
 
     ``solver``: by default `mckp`; `ilp` where further limits hold, `hull` where only groups are limited.
+    ``formats``: by default int{2,3,4,5,6,8}-g64; with ``target`` those that were measured and that it stores as planned.
     ``metric``: a measured damage; by default ``fisher_anchored``, ``fisher_scaled`` or ``fisher``, the first that was measured, or
     what the solver is published with. `threshold` also takes metrics that do not depend on the format, such as ``lim`` and ``zd``.
     ``kv``: K and V of every layer get formats too, under the same ``fit`` budget; ``kv_bits`` gives all layers the same,
@@ -333,7 +337,7 @@ def frontier(
     *,
     metric: str = "",
     solver: str = "hull",
-    formats: str | tuple[str, ...] = "int{2,3,4,5,6,8}-g64",
+    formats: str | tuple[str, ...] | None = None,
     pins: list[str] | None = None,
     target: str | None = None,
     points: int = 64,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from typing import Any
 
 import streamlit as st
@@ -67,7 +67,6 @@ def _front(
     formats = limits.formats if limits is not None else formats
     ceiling = int(index.bytes_table([parse_format("bf16")]).sum()) * 2
     problem = build_problem(index, _study.tables[metric].select(formats), formats, ceiling, dict(pins), limits, expert_ties(index, rules.ties))  # fmt: skip
-    problem = replace(problem, kept_bytes=problem.kept_bytes + ceiling - problem.limit_bytes)
     if rules:
         problem = under_rules(problem, index, _study.tables, rules, metric)
     return problem, FrontCache.of(problem)
