@@ -54,9 +54,9 @@ def measured(tiny_checkpoint, tmp_path_factory):
         (["kl_flip"], "held-out", 0, {"flips": 24}),
         (["fisher_projection", "weight_error", "quantmoe_outlier"], "calibration", 0, {"draws": 1}),
         (["fisher_projection"], "calibration", 1, {"draws": 1}),
-        (["weight_error", "massive_activations"], "calibration", 0, {}),
-        (["massive_activations"], "longer", 0, {}),
-        (["massive_activations"], "other", 0, {}),
+        (["weight_error", "activation_error"], "calibration", 0, {}),
+        (["activation_error"], "longer", 0, {}),
+        (["activation_error"], "other", 0, {}),
     ):
         params = {
             **common,
@@ -139,8 +139,8 @@ def test_the_choice_of_text_is_told(measured):
 
 def test_texts_are_compared_where_only_the_text_differs(measured):
     home, store, index, _ = measured
-    row = next(r for r in trust_rows(store, index, home) if r.metric == "massive_activations")
-    runs = [e.run for e in store.metrics_of(index.digest) if e.metric == "massive_activations"]
+    row = next(r for r in trust_rows(store, index, home) if r.metric == "activation_error")
+    runs = [e.run for e in store.metrics_of(index.digest) if e.metric == "activation_error"]
     assert len(runs) == 3  # one of them of twice the tokens
     assert store.run(row.run).provenance["tokens"] == 128
     assert [n.rpartition("/")[2] for n in row.other_texts] == ["calibration.txt"]
