@@ -30,7 +30,7 @@ from bitatlas.analysis.loaded import LoadedModel
 from bitatlas.analysis.measure import MeasureContext, run_metric
 from bitatlas.analysis.metrics import get_metric
 from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.schema import ModelIndex, SensitivityTable, UserError, expand_formats
+from bitatlas.analysis.schema import NO_FORMAT, ModelIndex, SensitivityTable, UserError, expand_formats
 from bitatlas.analysis.verify import Verifier
 from bitatlas.app.expert_rules import expert_ties
 from bitatlas.app.tasks.interaction import with_interaction
@@ -60,6 +60,11 @@ DENSE = (
     Entry("weight_error", "weight_error", "mckp"),
     Entry("alphaq", "alphaq", "mckp"),
     Entry("alphaq", "alphaq", "alphaq"),
+    Entry("lim", "lim", "threshold"),
+    Entry("zd", "zd", "threshold"),
+    Entry("slim_salience", "slim_uniform", "mckp"),
+    Entry("slim_salience", "slim_uniform", "double_pointer"),
+    Entry("slim_salience", "slim_salience", "double_pointer"),
     Entry("activation_error", "activation_error", "mckp"),
     Entry("fisher_projection", "fisher_trace", "mckp"),
     Entry("fisher_projection", "fisher_projection", "mckp"),
@@ -173,9 +178,12 @@ def allocations(
     for e in entries:
         table = tables.table(e.metric, e.value) if e.metric else None
         paid = tables.tokens(e.metric) if e.metric else 0
+        ranked = table is not None and table.formats == (NO_FORMAT,)
         problem = Problem.build(
-            index, table, tables.formats, limit, ties=expert_ties(index, "layer" if e.tied else "free")
-        )
+            index, None if ranked else table, tables.formats, limit, ties=expert_ties(index, "layer" if e.tied else "free")
+        )  # fmt: skip
+        if table is not None and ranked:
+            problem = problem.with_score(table)
         start, before = time.process_time(), engine.spent.forward_equivalents
         facts: dict[str, Any] = {}
         try:
@@ -197,7 +205,7 @@ def allocations(
         paid += int(engine.spent.forward_equivalents - before)
         facts |= {
             "allocator": e.label, "solver": e.solver, "tokens": paid, "solve_cpu_s": round(time.process_time() - start, 2),
-            "payload_bytes": problem.payload(choice), "limit_bytes": limit, "predicted": problem.objective(choice) if table is not None else None,
+            "payload_bytes": problem.payload(choice), "limit_bytes": limit, "predicted": problem.objective(choice) if problem.has_damage else None,
         }  # fmt: skip
         yield facts, choice
 
