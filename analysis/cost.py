@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from bitatlas.analysis.measure import MeasureContext
     from bitatlas.analysis.metrics.base import Cost, Metric
 
-__all__ = ["Rates", "active_params", "checkpoint_bytes", "estimate", "measure_rates"]
+__all__ = ["Rates", "active_params", "checkpoint_bytes", "estimate", "loading", "measure_rates"]
+
+_START_S = 5.0  # a worker, its computing process, and their libraries
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +85,17 @@ def estimate(metric: Metric, ctx: MeasureContext) -> Cost:
     flops = cost.flops + active * (2.0 * cost.forward_tokens + 4.0 * cost.backward_tokens)
     seconds = flops / rates.flops + cost.quantised / rates.quantised + cost.bytes_read / rates.bytes
     return replace(cost, seconds=seconds)
+
+
+def loading(ctx: MeasureContext, *, model: bool, sampled: bool) -> Cost:
+    """What every job pays once, whatever it measures: the processes' start, the model, a text sampled from it.
+
+    Args:
+        model: one of the metrics runs the model. sampled: on text of its own.
+    """
+    from bitatlas.analysis.metrics.base import Cost
+
+    rates, size = measure_rates(), checkpoint_bytes(ctx.index) if model else 0
+    tokens = ctx.calibration_tokens if model and sampled else 0
+    seconds = _START_S + size / rates.bytes + 2.0 * active_params(ctx.index) * tokens / rates.flops
+    return Cost(steps=0, bytes_read=size, forward_tokens=tokens, seconds=seconds)

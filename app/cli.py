@@ -12,6 +12,7 @@ import typer
 
 from bitatlas.app.cli_compare import compare
 from bitatlas.app.cli_io import emit, progress_printer
+from bitatlas.app.cli_measure import estimate, measure
 from bitatlas.app.cli_options import (
     DEFAULT_FORMATS,
     Batch,
@@ -29,7 +30,6 @@ from bitatlas.app.cli_options import (
     Json,
     KvBits,
     KvPlan,
-    Metric,
     Model,
     Pins,
     Points,
@@ -57,7 +57,7 @@ app = typer.Typer(
 )  # fmt: skip
 jobs_app = typer.Typer(no_args_is_help=False, help="Background jobs: list, show, logs, cancel, resume.")
 app.add_typer(jobs_app, name="jobs")
-for command in (refine, search, compare, generate, chat, answers, export, check):
+for command in (measure, estimate, refine, search, compare, generate, chat, answers, export, check):
     app.command()(command)
 app.command("bench-kernels")(bench_kernels)
 
@@ -69,53 +69,6 @@ def scan(model: Model, json_output: Json = False) -> None:
     from bitatlas.app import tasks
 
     emit(tasks.scan(model), json_output, "scan")
-
-
-@app.command()
-@guarded
-def measure(
-    model: Model,
-    metric: Metric = "fisher",
-    formats: Formats = DEFAULT_FORMATS,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="Text or JSONL file, datasets:NAME, or `self` (text sampled from the model)."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Calibration tokens in all.")] = 8192,
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
-    seed: Seed = 0,
-    text_mode: Annotated[str, typer.Option(help="packed, or document: one document a sequence.")] = "packed",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="NAME=VALUE or METRIC.NAME=VALUE, an option of the metrics; repeatable."),
-    ] = None,
-    device: Device = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="Of the model while it is measured: float32, bfloat16, float16.")
-    ] = "float32",
-    wait: Wait = False,
-    json_output: Json = False,
-) -> None:
-    """Measure how much each unit is hurt by fewer bits. A durable job: resumes after anything."""
-    from bitatlas.app import tasks
-
-    result = tasks.measure(
-        model, metric, formats=formats, calibration=calibration, tokens=tokens, seq_len=seq_len, seed=seed,
-        settings=tasks.parse_settings(set_ or []), text_mode=text_mode, device=device, dtype=dtype, wait=wait, on_progress=progress_printer(json_output),
-    )  # fmt: skip
-    emit(result, json_output, "job")
-
-
-@app.command()
-@guarded
-def estimate(
-    model: Model, metric: Metric = "fisher", formats: Formats = DEFAULT_FORMATS, tokens: int = 8192,
-    seq_len: int = 128, json_output: Json = False,
-) -> None:  # fmt: skip
-    """What measuring would cost: tokens forward and backward, bytes read, seconds on this machine."""
-    from bitatlas.app import tasks
-
-    emit(tasks.estimate(model, metric, formats=formats, tokens=tokens, seq_len=seq_len), json_output, "table")
 
 
 @app.command()

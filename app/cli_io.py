@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from bitatlas.analysis.schema import null_nan
 from bitatlas.app.sizes import format_bytes
 
-__all__ = ["emit", "progress_printer", "spoken_lines"]
+__all__ = ["emit", "progress_printer", "say_estimate", "spoken_lines"]
 
 
 def emit(data: Any, json_output: bool, shape: str) -> None:
@@ -234,6 +234,17 @@ _SHAPES: dict[str, Callable[[Any], None]] = {
     "table": _table, "job": _job, "scan": _scan, "allocation": _allocation, "verify": _verify, "text": _text,
     "export": _export, "engines": _engines, "trust": _trust, "answers": _answers,
 }  # fmt: skip
+
+
+def say_estimate(total: dict[str, Any]) -> None:
+    """One line on stderr: what a measurement is about to cost."""
+    tokens = total["forward_tokens"] + total["backward_tokens"]
+    through = f", {tokens:,} tokens through the model" if tokens else ""
+    print(
+        f"estimate: about {_seconds(total['seconds'])}, {total['steps']} steps{through}; what is measured already costs nothing",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def progress_printer(quiet: bool) -> Callable[[Any], None]:

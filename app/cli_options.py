@@ -12,6 +12,7 @@ __all__ = [
     "Batch",
     "Bits",
     "Bytes",
+    "Calibration",
     "Context",
     "Damage",
     "Device",
@@ -26,6 +27,7 @@ __all__ = [
     "KvPlan",
     "Metric",
     "Model",
+    "Options",
     "Pins",
     "Points",
     "Quantizer",
@@ -35,8 +37,11 @@ __all__ = [
     "Reserve",
     "Seed",
     "SolveFormats",
+    "SeqLen",
     "Solver",
     "Target",
+    "TextMode",
+    "Tokens",
     "Wait",
 ]
 
@@ -56,6 +61,17 @@ Metric = Annotated[
         "--metric",
         help="`bitatlas metrics` lists them; a comma list, or `all` that apply, where several make sense.",
     ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="Text or JSONL file, datasets:NAME, or `self` (text sampled from the model)."),
+]
+Tokens = Annotated[int, typer.Option(help="Calibration tokens in all.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.")]
+TextMode = Annotated[str, typer.Option(help="packed, or document: one document a sequence.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="NAME=VALUE or METRIC.NAME=VALUE, an option of the metrics; repeatable."),
 ]
 Solver = Annotated[str, typer.Option("--solver", help="`bitatlas solvers` lists them; solve takes mckp by default, ilp under further limits, hull under limits on groups.")]  # fmt: skip
 Bits = Annotated[float | None, typer.Option(help="Effective bits per weight over the units.")]

@@ -114,7 +114,7 @@ def _cost(path: str, digest: str, request: views.RunRequest) -> list[dict[str, o
 
     return tasks.estimate(
         path, request.metrics, formats=request.formats, tokens=request.tokens, seq_len=request.seq_len,
-        settings=tasks.parse_settings(request.pairs),
+        settings=tasks.parse_settings(request.pairs), calibration="self" if request.calibration == "self" else None,
     )  # fmt: skip
 
 

@@ -10,11 +10,11 @@ from bitatlas.app.tasks.benching import bench_kernels
 from bitatlas.app.tasks.chatting import chat
 from bitatlas.app.tasks.comparing import compare
 from bitatlas.app.tasks.demo import demo, demo_path
+from bitatlas.app.tasks.estimating import estimate, estimate_total
 from bitatlas.app.tasks.jobs import jobs_cancel, jobs_list, jobs_logs, jobs_resume, jobs_show, rebuild
 from bitatlas.app.tasks.listing import formats, metrics, quantizers, solvers, targets
 from bitatlas.app.tasks.measuring import (
     applicable_metrics,
-    estimate,
     measure,
     parse_settings,
     submit_measure,
@@ -52,6 +52,7 @@ __all__ = [
     "describe_allocation",
     "describe_frontier",
     "estimate",
+    "estimate_total",
     "export",
     "formats",
     "frontier",

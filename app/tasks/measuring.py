@@ -15,8 +15,9 @@ from bitatlas.app.tasks.models import fit_length, register
 
 __all__ = [
     "applicable_metrics",
+    "asks_for_all",
     "calibration_file",
-    "estimate",
+    "check_text_mode",
     "file_digest",
     "measure",
     "measure_params",
@@ -46,6 +47,11 @@ def metric_names(metric: str | Iterable[str]) -> tuple[str, ...]:
         raise UserError("no metric was named", fix="bitatlas metrics")
     emitted = {name: m.NAME for m in METRICS.values() for name in m.EMITS}
     return tuple(dict.fromkeys(emitted.get(name) or get_metric(name).NAME for name in wanted))
+
+
+def asks_for_all(metric: str | Iterable[str]) -> bool:
+    """Whether every metric that applies is wanted."""
+    return _named(metric) == _ALL
 
 
 def _named(metric: str | Iterable[str]) -> list[str]:
@@ -179,8 +185,7 @@ def measure_params(
         )
     if needy:
         fit_length(index, seq_len)
-    if text_mode not in ("packed", "document"):
-        raise UserError("unknown calibration mode", found=repr(text_mode), fix="packed or document")
+    check_text_mode(text_mode)
     check_place(device, dtype)
     if dtype == "auto":
         raise UserError(
@@ -217,6 +222,12 @@ def measure_params(
         # A metric that computes something else than it did is another request; first versions stay unsaid for the same reason.
         **({"versions": versions} if versions else {}),
     }
+
+
+def check_text_mode(text_mode: str) -> None:
+    """Raises `UserError` unless it is a way of cutting a text into sequences."""
+    if text_mode not in ("packed", "document"):
+        raise UserError("unknown calibration mode", found=repr(text_mode), fix="packed or document")
 
 
 def file_digest(path: Path) -> str:
@@ -313,47 +324,3 @@ def measure(
             model, formats=formats, calibration=calibration, tokens=tokens, seq_len=seq_len
         )
     return status
-
-
-def estimate(
-    model: str | Path,
-    metric: str | Iterable[str] = "fisher",
-    *,
-    formats: str | Iterable[str] = "int{2,3,4,5,6,8}-g64",
-    tokens: int = 8192,
-    seq_len: int = 128,
-    settings: Mapping[str, Any] | None = None,
-) -> list[dict[str, Any]]:
-    """What a measurement would take, metric by metric; nothing is loaded.
-
-    For ``all``, metrics that do not apply come last, with the reason as ``skipped`` and no seconds.
-
-    Raises:
-        UserError: the model, or options that no metric takes.
-    """
-    from bitatlas.analysis import cost as costs
-    from bitatlas.analysis.measure import MeasureContext
-    from bitatlas.analysis.metrics import METRICS, get_metric
-    from bitatlas.analysis.metrics.settings import check_settings
-
-    index = register(model)
-    ctx = MeasureContext(index, expand_formats(formats), settings=settings, tokens=tokens, seq_len=seq_len)
-    every = _named(metric) == _ALL
-    names = metric_names(metric)
-    skipped: dict[str, str] = {}
-    if every:
-        names, skipped = applicable_metrics(
-            model, formats=formats, tokens=tokens, seq_len=seq_len, needs_text=False
-        )
-    check_settings((METRICS[n] for n in names), settings or {})
-    rows = []
-    for name in names:
-        cost = costs.estimate(get_metric(name), ctx)
-        rows.append({"metric": name, "steps": cost.steps, "bytes_read": cost.bytes_read, "forward_tokens": cost.forward_tokens,
-                     "backward_tokens": cost.backward_tokens, "seconds": cost.seconds} | ({"skipped": ""} if every else {}))  # fmt: skip
-    rows += [
-        {"metric": name, "steps": 0, "bytes_read": 0, "forward_tokens": 0, "backward_tokens": 0,
-         "seconds": float("nan"), "skipped": why}
-        for name, why in skipped.items()
-    ]  # fmt: skip
-    return rows

@@ -12,6 +12,7 @@ from bitatlas.app.views.words import count, duration, short_bytes
 
 __all__ = ["BITS", "GROUPS", "EstimateView", "RunRequest", "cost_table", "estimate_view", "total_seconds"]
 
+LOADING = "loading"  # the row of `tasks.estimate` that is no metric
 BITS = ["2", "3", "4", "5", "6", "8"]
 GROUPS = ["32", "64", "128", "channel"]
 
@@ -100,7 +101,8 @@ def estimate_view(model: str, estimate: Sequence[Mapping[str, Any]]) -> Estimate
     if not estimate:
         return EstimateView(f"What shall be measured on {model}?", "Choose metrics and formats; the cost is estimated first.")  # fmt: skip
     seconds = total_seconds(estimate)
-    what = str(estimate[0]["metric"]) if len(estimate) == 1 else count(len(estimate), "metric")
+    names = [str(r["metric"]) for r in estimate if r["metric"] != LOADING]
+    what = names[0] if len(names) == 1 else count(len(names), "metric")
     tokens = sum(int(r["forward_tokens"]) + int(r["backward_tokens"]) for r in estimate)
     facts = [f"{count(sum(int(r['steps']) for r in estimate), 'step')}, each safe once it is done"]
     if tokens:

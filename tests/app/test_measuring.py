@@ -10,7 +10,7 @@ import torch
 from bitatlas.analysis.metrics import METRICS
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import Allocation, UserError
-from bitatlas.app.tasks import measuring
+from bitatlas.app.tasks import estimating, measuring
 from bitatlas.app.tasks.measuring import measure_params
 from bitatlas.app.tasks.searching import submit_search
 from bitatlas.app.tasks.truth import submit_random_allocations, truth
@@ -191,3 +191,29 @@ def test_a_setting_with_its_metric_before_it_is_the_same_request(
                               seed=0, settings={setting: "gptq"})  # fmt: skip
 
     assert asked("expert_error.quantizer") == asked("quantizer")
+
+
+def test_an_estimate_knows_the_request(
+    tmp_path: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
+    model = tiny_checkpoint("llama")
+
+    def asked(metric: str = "fisher_diag", **options: object) -> list[dict[str, object]]:
+        return estimating.estimate(model, metric, formats="int4-g32", tokens=256, seq_len=64, **options)
+
+    plain, more = asked(), asked(settings={"draws": 6})
+    assert [r["metric"] for r in plain] == ["loading", "fisher_diag"]
+    assert more[1]["backward_tokens"] == 3 * plain[1]["backward_tokens"]
+    assert asked(settings={"fisher_diag.draws": 6})[1]["backward_tokens"] == more[1]["backward_tokens"]
+    total = estimating.estimate_total(more)
+    assert total["seconds"] == pytest.approx(sum(r["seconds"] for r in more))
+    assert total["steps"] == more[1]["steps"]
+    assert asked(calibration="self")[0]["forward_tokens"] == 256
+    assert plain[0]["forward_tokens"] == 0 < plain[0]["bytes_read"]
+    assert asked("weight_error")[0]["bytes_read"] == 0  # runs no model
+    every = asked("all")
+    assert estimating.estimate_total(every)["seconds"] == pytest.approx(sum(r["seconds"] for r in every if not r["skipped"]))  # fmt: skip
+    for options in ({"settings": {"draws": 0}}, {"calibration": "/no/such/text"}, {"text_mode": "odd"}):
+        with pytest.raises(UserError):
+            asked(**options)

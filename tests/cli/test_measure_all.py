@@ -43,6 +43,7 @@ def test_without_a_text_only_the_weights_are_measured(
     assert "calibration text" in skipped["lim"]
     rows = cli("estimate", model, "--metric", "all", "--formats", "int4-g64", "--tokens", 64)
     by_name = {r["metric"]: r for r in rows}
+    assert by_name.pop("loading")["seconds"] > 1
     assert set(by_name) == set(METRICS)
     for name, row in by_name.items():
         assert (row["seconds"] is None) == bool(row["skipped"]) == (name in MOE_ONLY)

@@ -75,6 +75,15 @@ def test_cost_in_words():
     view = estimate_view("demo", rows)
     assert view.title == "Measuring 2 metrics on demo takes about 2 min"
     assert view.subtitle == "4 steps, each safe once it is done · 150 tokens through the model · 2.0 MiB read"
+    loading = {
+        "metric": "loading",
+        "steps": 0,
+        "bytes_read": 0,
+        "forward_tokens": 0,
+        "backward_tokens": 0,
+        "seconds": 10.0,
+    }
+    assert estimate_view("demo", [loading, rows[0]]).title == "Measuring a on demo takes about 1 min"
     assert cost_table(rows)["about"] == ["1 min", "20 s"]
 
 
