@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from bitatlas.analysis.schema import Budget, KvLayout, KvPair, ModelIndex, UserError, parse_pair
 from bitatlas.app.checks import at_least
 from bitatlas.app.sizes import format_bytes, format_least, parse_bytes
+from bitatlas.solvers import Problem
+from bitatlas.solvers.infeasible import check_feasible
 
-__all__ = ["reserve_bytes", "resolve_budget", "uniform_kv"]
+__all__ = ["reserve_bytes", "resolve_budget", "too_small", "uniform_kv"]
 
 
 def uniform_kv(index: ModelIndex, bits_k: float, bits_v: float) -> dict[int, KvPair]:
@@ -109,3 +111,19 @@ def resolve_budget(
         )
     label = f"{format_bytes(total)}, context {context}, batch {batch}" if context else format_bytes(total)
     return Budget(left, cached, spare, context, batch, label)
+
+
+def too_small(problem: Problem, budget: Budget) -> UserError:
+    """What to tell where no allocation fits: of memory shared with a cache and a reserve, also how much it has to be in all."""
+    try:
+        check_feasible(problem)
+    except UserError as e:
+        spare = budget.kv_bytes + budget.reserve_bytes
+        if not spare:
+            return e
+        least = budget.total_bytes + problem.min_bytes - problem.limit_bytes
+        taken = f"{format_bytes(budget.kv_bytes)} of KV cache and {format_bytes(budget.reserve_bytes)} of reserve are taken off before"
+        other = e.fix.partition("a budget of at least")[0].rstrip(" ,").removesuffix("or").rstrip(" ,")
+        fix = f"at least {format_least(least)} in all" + (f", or {other}" if other else "")
+        return UserError(e.what, found=f"{e.found}; {taken}", fix=fix)
+    raise AssertionError("it fits")

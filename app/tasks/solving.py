@@ -25,7 +25,7 @@ from bitatlas.analysis.schema import (
     parse_format,
     resolve_pins,
 )
-from bitatlas.app.budgets import reserve_bytes, resolve_budget
+from bitatlas.app.budgets import reserve_bytes, resolve_budget, too_small
 from bitatlas.app.checks import at_least, check_seed
 from bitatlas.app.expert_groups import EVIDENCE
 from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
@@ -33,7 +33,7 @@ from bitatlas.app.fronts import kept_front
 from bitatlas.app.kv_plan import cache_pairs, pair_names
 from bitatlas.app.side_budgets import SideLimits
 from bitatlas.app.side_budgets import active_bytes as bytes_read
-from bitatlas.app.sizes import format_bytes, format_least, parse_bytes
+from bitatlas.app.sizes import parse_bytes
 from bitatlas.app.tasks.formats_to_solve import formats_to_solve
 from bitatlas.app.tasks.interaction import with_probes
 from bitatlas.app.tasks.joint import find_kv_table, solve_joint
@@ -41,7 +41,6 @@ from bitatlas.app.tasks.models import register
 from bitatlas.cache.paths import Home, write_output
 from bitatlas.cache.store import Store
 from bitatlas.solvers import Problem, Solver, get_solver, to_allocation
-from bitatlas.solvers.infeasible import check_feasible
 
 if TYPE_CHECKING:
     from bitatlas.app.targets.limits import Limits
@@ -364,22 +363,6 @@ def frontier(
         store, index.digest, table.run if table else "", problem, algorithm, points=points,
         prepare=lambda p: with_probes(p, table, algorithm),
     )  # fmt: skip
-
-
-def too_small(problem: Problem, budget: Budget) -> UserError:
-    """What to tell where no allocation fits: of memory shared with a cache and a reserve, also how much it has to be in all."""
-    try:
-        check_feasible(problem)
-    except UserError as e:
-        spare = budget.kv_bytes + budget.reserve_bytes
-        if not spare:
-            return e
-        least = budget.total_bytes + problem.min_bytes - problem.limit_bytes
-        taken = f"{format_bytes(budget.kv_bytes)} of KV cache and {format_bytes(budget.reserve_bytes)} of reserve are taken off before"
-        other = e.fix.partition("a budget of at least")[0].rstrip(" ,").removesuffix("or").rstrip(" ,")
-        fix = f"at least {format_least(least)} in all" + (f", or {other}" if other else "")
-        return UserError(e.what, found=f"{e.found}; {taken}", fix=fix)
-    raise AssertionError("it fits")
 
 
 def read_allocation(path: str | Path) -> Allocation:
