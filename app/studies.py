@@ -218,7 +218,7 @@ def kv_table(store: Store, run: RunInfo, metric: str) -> KvTable | None:
         int(run.settings.get("kv_residual", default.residual)),
     )
     try:
-        return KvTable.from_rows(store.rows(run.run, metric), metric, layout, run.run)
+        return KvTable.from_rows(store.rows(run.run), metric, layout, run.run)
     except UserError:
         return None
 

@@ -34,6 +34,12 @@ def is_kv_metric(name: str) -> bool:
     return name.startswith("kv_")
 
 
+_BESIDE = {
+    f"kv_error{s}": {"k": f"kv_tensor_error{s}", "v": "kv_tensor_error", "scores": f"kv_score_error{s}"} for s in ("", "_pre")
+}  # fmt: skip
+"""Metric of pairs -> what the same run says of K, of V and of the scores."""
+
+
 @dataclass(frozen=True, slots=True)
 class KvTable:
     """Damage by layer and pair.
@@ -45,7 +51,8 @@ class KvTable:
         damage, stderr: (L, P) float64, NaN = unknown. ``kv16/kv16`` is 0 by definition.
         layout: the window it was measured with.
         run: key of the run.
-        parts: ("k" or "v", format) -> (L,) damage of K or V alone, where the metric tells them apart.
+        parts: ("k" or "v", format) -> (L,) damage of K or V alone, where the metric tells them apart; for the relative
+            errors of `kv_error` those of K and V themselves, and under "scores" that of the attention scores.
     """
 
     metric: str
@@ -59,7 +66,7 @@ class KvTable:
 
     @classmethod
     def from_rows(cls, rows: Iterable[DamageRow], metric: str, layout: KvLayout, run: str = "") -> KvTable:
-        """Table of the rows of one metric, whole layers by pair and K and V alone; the 16-bit pair is added.
+        """Table of a run's rows for one metric, whole layers by pair and K and V alone; the 16-bit pair is added.
 
         Raises:
             UserError: no row of a whole layer.
@@ -82,9 +89,11 @@ class KvTable:
             at = layers.index(kv_layer(r.unit)[0]), pairs.index(r.format)
             damage[at], stderr[at] = r.value, r.stderr
         parts: dict[tuple[str, str], np.ndarray] = {}
+        beside = _BESIDE.get(metric, {})
         for r in rows:
             layer, part = kv_layer(r.unit)
-            if r.metric == metric and part and layer in layers:
+            part = "scores" if r.metric == beside.get("scores") else part
+            if part and layer in layers and (r.metric == metric or r.metric == beside.get(part)):
                 column = parts.setdefault((part, r.format), np.full(len(layers), np.nan))
                 column[layers.index(layer)] = r.value
         return cls(metric, layers, pairs, damage, stderr, layout, run, parts)

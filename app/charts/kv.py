@@ -29,7 +29,7 @@ def map_chart(view: KvMap, p: Palette) -> go.Figure:
         figure.add_heatmap(
             z=z, x=list(panel.columns), y=list(view.layers), customdata=panel.values, zmin=low, zmax=high, xgap=1, ygap=1,
             colorscale=[list(c) for c in p.damage], showscale=i == 0, hoverongaps=False,
-            colorbar={"title": {"text": "log10 damage", "side": "right"}, "thickness": 10},
+            colorbar={"title": {"text": f"log10 {view.quantity}", "side": "right"}, "thickness": 10},
             hovertemplate=f"layer %{{y}}<br>{panel.name} %{{x}}<br>%{{customdata:.3g}}<extra></extra>",
             row=1, col=i + 1,
         )  # fmt: skip

@@ -16,6 +16,7 @@ from bitatlas.solvers.joint import kv_problem
 __all__ = ["KvMap", "Panel", "Split", "best_bits", "build_map", "build_split"]
 
 _POINTS = 96
+_PARTS = {"k": "K", "v": "V", "scores": "Scores"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class KvMap:
 
     Attributes:
         title, subtitle: the answer, and where it comes from.
-        layers: rows of every panel; panels: ``K``, ``V`` (where the metric tells them apart) and ``K and V``.
+        layers: rows of every panel; panels: ``K``, ``V`` (where the metric tells them apart) and ``K and V``; of relative errors
+            ``K``, ``V``, ``Scores`` and ``Output``.
         metric: whose values.
     """
 
@@ -42,6 +44,11 @@ class KvMap:
     layers: tuple[int, ...]
     panels: tuple[Panel, ...]
     metric: str
+
+    @property
+    def quantity(self) -> str:
+        """What the colours stand for."""
+        return "relative error" if _is_error(self.metric) else "damage"
 
     def columns(self) -> dict[str, list[Any]]:
         """The panels as a table: part, layer, format, damage."""
@@ -90,17 +97,21 @@ class Split:
 def build_map(table: KvTable) -> KvMap:
     """The map of one measured KV metric."""
     panels = []
-    for part in "kv":
+    for part, title in _PARTS.items():
         names = sorted(
             (n for p, n in table.parts if p == part),
             key=lambda n: (n.partition("-")[2], -parse_kv_format(n).bits),
         )
         if names:
-            panels.append(
-                Panel(part.upper(), tuple(names), np.stack([table.parts[part, n] for n in names], 1))
-            )
+            panels.append(Panel(title, tuple(names), np.stack([table.parts[part, n] for n in names], 1)))
     pairs = [i for i, p in enumerate(table.pairs) if p != "kv16/kv16"]
-    panels.append(Panel("K and V", tuple(table.pairs[i] for i in pairs), table.damage[:, pairs]))
+    panels.append(
+        Panel(
+            "Output" if _is_error(table.metric) else "K and V",
+            tuple(table.pairs[i] for i in pairs),
+            table.damage[:, pairs],
+        )
+    )
     return KvMap(_answer(table, panels), _where(table), table.layers, tuple(panels), table.metric)
 
 
@@ -114,12 +125,15 @@ def _answer(table: KvTable, panels: list[Panel]) -> str:
     if not four or not other or not min(other) > 0:
         return f"{len(table.layers)} layers keep a cache; {layer}"
     ratio = float(min(four) / min(other))
-    word = (
-        f"K at 4 bits hurts {ratio:.1f} times as much as V"
-        if ratio >= 1
-        else f"V at 4 bits hurts {1 / ratio:.1f} times as much as K"
-    )
+    first, second = ("K", "V") if ratio >= 1 else ("V", "K")
+    verb = "is off by" if _is_error(table.metric) else "hurts"
+    word = f"{first} at 4 bits {verb} {max(ratio, 1 / ratio):.1f} times as much as {second}"
     return f"{word}; {layer}"
+
+
+def _is_error(metric: str) -> bool:
+    """Relative errors stand for themselves: of K, of V, of the scores and of the output, not damages of the output alone."""
+    return metric.startswith("kv_error")
 
 
 def _where(table: KvTable) -> str:

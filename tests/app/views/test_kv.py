@@ -50,6 +50,29 @@ def table():
     return KvTable.from_rows(rows(), "kv_fisher", LAYOUT, "run")
 
 
+def test_relative_errors_have_panels_of_their_own():
+    """Of K, V and the scores, which the same run says under other names; before and after rotation apart."""
+    found = []
+    for suffix, factor in (("", 1.0), ("_pre", 0.5)):
+        for layer in (0, 2):
+            for metric, part, fmt, value in (
+                ("kv_tensor_error", "k", "kv4-token", 0.3), ("kv_score_error", "k", "kv4-token", 0.2),
+                ("kv_tensor_error", "v", "kv4-token", 0.1), ("kv_error", "", "kv4-token/kv4-token", 0.05),
+            ):  # fmt: skip
+                if not (suffix and part == "v"):
+                    found.append(
+                        DamageRow(metric + suffix, kv_unit(layer, part), fmt, factor * value, count=9)
+                    )
+    view = build_map(KvTable.from_rows(found, "kv_error", LAYOUT, "run"))
+    assert [p.name for p in view.panels] == ["K", "V", "Scores", "Output"]
+    assert [p.values[0, 0] for p in view.panels] == [0.3, 0.1, 0.2, 0.05]
+    assert view.title.startswith("K at 4 bits is off by 3.0 times as much as V")
+    assert view.quantity == "relative error"
+    before = build_map(KvTable.from_rows(found, "kv_error_pre", LAYOUT, "run"))
+    assert [p.values[1, 0] for p in before.panels] == [0.15, 0.1, 0.1, 0.025]
+    assert len(charts.map_chart(view, LIGHT).data) == 4
+
+
 def weights():
     bits = np.array([2, 4, 8])
     return Problem.of(np.array([[3.0], [1.0]]) * 4.0**-bits, np.array([[900], [700]]) * bits, 0)
