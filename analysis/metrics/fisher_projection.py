@@ -183,7 +183,9 @@ class FisherProjection(ProbeMetric):
                 *known.scaled, known.fisher[0], nbytes, front, known.probes.formats
             )
         return [
-            row for name, (v, e) in tables.items() for row in damage_rows(name, known.joined, v, e, count)
+            row
+            for name, (v, e) in tables.items()
+            for row in damage_rows(name, known.joined, v, e, count, known.noise)
         ]
 
     def _tables(self, ctx: MeasureContext, parts: Parts) -> _Tables:
@@ -197,7 +199,7 @@ class FisherProjection(ProbeMetric):
         probes, units = ProbeMatrix.of(joined), ctx.index.units
         params = np.array([u.params for u in units], np.float64)
         best = posterior_of_units(probes, units)
-        scale = np.ones(len(joined.formats))
+        scale, noise = np.ones(len(joined.formats)), np.zeros(len(joined.formats))
         if found := {f.name: parts[_WHOLE + f.name] for f in self._measured(ctx)}:
             from bitatlas.analysis.fisher.whole import format_scales
 
@@ -206,16 +208,17 @@ class FisherProjection(ProbeMetric):
             )
             scale = format_scales(best.value, measured, noise)
         return _Tables(
-            joined, probes, trace_form(probes, params), (best.value, best.stderr), (best.value * scale, best.stderr * scale)
+            joined, probes, trace_form(probes, params), (best.value, best.stderr), (best.value * scale, best.stderr * scale), noise
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """Value and standard error, (U, F) each, of the probes' tables."""
+    """Value and standard error, (U, F) each, of the probes' tables; (F,) noise of a measured KL, 0 where none was."""
 
     joined: Joined
     probes: ProbeMatrix
     trace: tuple[np.ndarray, np.ndarray]
     fisher: tuple[np.ndarray, np.ndarray]
     scaled: tuple[np.ndarray, np.ndarray]
+    noise: np.ndarray

@@ -113,13 +113,32 @@ class KvMetric(Metric):
             self._replay = ctx, AttentionReplay(ctx.loaded, self.layout(ctx))
         return self._replay[1]
 
+    def noise(self, ctx: MeasureContext, key: str) -> dict[str, np.ndarray]:
+        """``noise``: KL of the first sequence in two batch layouts, nats per token; left by the first step only."""
+        import torch
+
+        from bitatlas.analysis.divergence import batch_noise
+
+        if key != self.plan(ctx)[0]:
+            return {}
+        ids = torch.from_numpy(ctx.calibration.tokens[:1])
+        with torch.no_grad():
+            return {"noise": np.array(batch_noise(ctx.loaded.logits, ids, ctx.loaded.logits(ids)))}
+
     def probe_rows(
-        self, ctx: MeasureContext, sequence: np.ndarray, k: np.ndarray, v: np.ndarray, pairs: np.ndarray
+        self,
+        ctx: MeasureContext,
+        sequence: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        pairs: np.ndarray,
+        floor: float = 0.0,
     ) -> list[DamageRow]:
         """Rows of K, V and pairs of every layer: half the mean of squared projections per token, stderr over sequences.
 
         Args:
             sequence: (P,) of each probe. k, v, pairs: (P, L, FK), (P, L, FV), (P, L, FK, FV) squared projections.
+            floor: nats per token.
         """
         keys, values = self.formats(ctx)
         length, tokens = self.length(ctx), self.length(ctx) * self.sequences(ctx)
@@ -133,7 +152,7 @@ class KvMetric(Metric):
                 each = np.bincount(sequence, square) / np.bincount(sequence) / (2 * length)  # by sequence
                 n = len(each)
                 error = float(each.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
-                rows.append(DamageRow(self.NAME, unit, fmt, float(each.mean()), error, tokens))
+                rows.append(DamageRow(self.NAME, unit, fmt, float(each.mean()), error, tokens, floor))
         return rows
 
     def plan(self, ctx: MeasureContext) -> list[str]:

@@ -73,7 +73,12 @@ class KvFisher(KvMetric):
                 v_dots.append(np.stack(dots["v"]))
                 sequence.append(s)
         return StepResult(
-            arrays={"k": np.stack(k_dots), "v": np.stack(v_dots), "sequence": np.array(sequence)}
+            arrays={
+                "k": np.stack(k_dots),
+                "v": np.stack(v_dots),
+                "sequence": np.array(sequence),
+                **self.noise(ctx, key),
+            }
         )
 
     def finish(self, ctx: MeasureContext, parts: Parts) -> list[DamageRow]:
@@ -81,7 +86,9 @@ class KvFisher(KvMetric):
         steps = [parts[key] for key in self.plan(ctx)]
         k, v = (np.concatenate([p[name] for p in steps]).astype(np.float64) for name in ("k", "v"))
         sequence = np.concatenate([p["sequence"] for p in steps])
-        return self.probe_rows(ctx, sequence, k**2, v**2, (k[..., None] + v[:, :, None]) ** 2)
+        return self.probe_rows(
+            ctx, sequence, k**2, v**2, (k[..., None] + v[:, :, None]) ** 2, float(steps[0].get("noise", 0.0))
+        )
 
     def cost(self, ctx: MeasureContext) -> Cost:
         """One forward per sequence, one backward per draw."""

@@ -73,7 +73,9 @@ class KvOutput(KvMetric):
                     at = np.flatnonzero(sequence == s), layers.index(attention.layer)
                     each = self._projected(ctx, attention, torch.stack(gradients[attention.layer]))
                     dots[at], squares[at] = each.sum(1), np.square(each).sum(1)
-        return StepResult(arrays={"dots": dots, "squares": squares, "sequence": sequence})
+        return StepResult(
+            arrays={"dots": dots, "squares": squares, "sequence": sequence, **self.noise(ctx, key)}
+        )
 
     def _projected(self, ctx: MeasureContext, attention: Replayed, gradients: Tensor) -> np.ndarray:
         """<G, O' - O> of each position, (P, T, FK + 1, FV + 1); gradients are (P, T, heads, D)."""
@@ -98,7 +100,12 @@ class KvOutput(KvMetric):
         )
         squares *= _shared_share(dots, squares)
         return self.probe_rows(
-            ctx, sequence, squares[:, :, :-1, -1], squares[:, :, -1, :-1], squares[:, :, :-1, :-1]
+            ctx,
+            sequence,
+            squares[:, :, :-1, -1],
+            squares[:, :, -1, :-1],
+            squares[:, :, :-1, :-1],
+            float(steps[0].get("noise", 0.0)),
         )
 
     def cost(self, ctx: MeasureContext) -> Cost:

@@ -210,14 +210,20 @@ class ProbeMetric(Metric):
 
 
 def damage_rows(
-    metric: str, joined: Joined, value: np.ndarray, stderr: np.ndarray, count: np.ndarray
+    metric: str,
+    joined: Joined,
+    value: np.ndarray,
+    stderr: np.ndarray,
+    count: np.ndarray,
+    floor: np.ndarray | None = None,
 ) -> list[DamageRow]:
-    """Rows of a (U, F) table; unknown where ``count`` (U,) is 0."""
+    """Rows of a (U, F) table with the formats' noise floors (F,); unknown where ``count`` (U,) is 0."""
     return [
         DamageRow(
             metric, unit, name,
             float(value[i, f]) if count[i] else float("nan"),
             float(stderr[i, f]) if count[i] else float("nan"), int(count[i]),
+            0.0 if floor is None else float(floor[f]),
         )
         for i, unit in enumerate(joined.units) for f, name in enumerate(joined.formats)
     ]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitatlas.analysis.cost import checkpoint_bytes
-from bitatlas.analysis.divergence import token_kl, top1_changed
+from bitatlas.analysis.divergence import batch_noise, token_kl, top1_changed
 from bitatlas.analysis.metrics.base import Cost, Metric, StepResult
 from bitatlas.analysis.prefix import PrefixRunner, Recording
 from bitatlas.analysis.schema import NO_FORMAT, DamageRow, QuantUnit
@@ -29,7 +29,7 @@ class Prune(Metric):
     CPTQuant's PMPQ (Nanda et al. 2024): the accuracy lost when a layer is made sparse. The ``prune_share`` (half) of
     the unit's weights with the smallest magnitude become zero, everything else stays; accuracy against the model's own
     first choice is 1 - ``prune_top1``. On the first ``prune_sequences`` calibration sequences, the blocks before
-    the unit computed once. ``count`` is sequences; standard error over them.
+    the unit computed once. ``count`` is sequences; standard error over them; the floor is the KL of another batch layout.
     """
 
     NAME = "prune"
@@ -44,7 +44,7 @@ class Prune(Metric):
     SETTINGS: ClassVar = {"prune_share": 0.5, "prune_sequences": 4}
 
     def __init__(self) -> None:
-        self._state: tuple[MeasureContext, PrefixRunner, Recording] | None = None
+        self._state: tuple[MeasureContext, PrefixRunner, Recording, float] | None = None
 
     def plan(self, ctx: MeasureContext) -> list[str]:
         """Chunks of units of one layer, ``layer 3 units 0-7``."""
@@ -64,7 +64,7 @@ class Prune(Metric):
         """One run behind each unit's block, as rows."""
         words = key.split()
         first, last = (int(n) for n in words[3].split("-"))
-        runner, original = self._original(ctx)
+        runner, original, noise = self._original(ctx)
         rows = []
         for unit in _by_layer(ctx)[int(words[1])][first : last + 1]:
             weight = pruned(ctx.weight(unit), float(self.option(ctx, "prune_share")))
@@ -73,10 +73,10 @@ class Prune(Metric):
                 logits = runner.resume(original, at)
             kl = token_kl(original.logits, logits).mean(1).numpy()  # (S,)
             changed = top1_changed(original.logits, logits).double().mean(1).numpy()
-            for name, values in zip(self.EMITS, (kl, changed)):
+            for name, values, floor in zip(self.EMITS, (kl, changed), (noise, 0.0)):
                 n = len(values)
                 error = float(values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
-                rows.append(DamageRow(name, unit.key, NO_FORMAT, float(values.mean()), error, n))
+                rows.append(DamageRow(name, unit.key, NO_FORMAT, float(values.mean()), error, n, floor))
         return StepResult(rows)
 
     def cost(self, ctx: MeasureContext) -> Cost:
@@ -96,11 +96,13 @@ class Prune(Metric):
     def _tokens(self, ctx: MeasureContext) -> int:
         return ctx.seq_len * min(int(self.option(ctx, "prune_sequences")), ctx.sequences)
 
-    def _original(self, ctx: MeasureContext) -> tuple[PrefixRunner, Recording]:
+    def _original(self, ctx: MeasureContext) -> tuple[PrefixRunner, Recording, float]:
         if self._state is None or self._state[0] is not ctx:
             runner = PrefixRunner(ctx.loaded, ctx.index.n_layers)
             ids = torch.from_numpy(ctx.calibration.tokens[: int(self.option(ctx, "prune_sequences"))])
-            self._state = ctx, runner, runner.record(ids)
+            original = runner.record(ids)
+            noise = batch_noise(lambda alone: runner.record(alone).logits, ids, original.logits)
+            self._state = ctx, runner, original, noise
         return self._state[1:]
 
 

@@ -105,3 +105,13 @@ def test_sequences_longer_than_a_part_of_the_front_are_parts_of_their_own(tiny_c
     for count, length, parts in ((1, 100_000, 1), (8, 1024, 2), (64, 128, 2), (64, 100, 3)):
         ctx = MeasureContext(index, formats, tokens=count * length, seq_len=length)
         assert sum(k.startswith("front ") for k in FisherProjection().plan(ctx)) == parts
+
+
+@pytest.mark.parametrize(("settings", "floor"), [({}, 1e-7), ({"whole_tokens": 0}, 0.0)])
+def test_values_carry_the_noise_of_measured_kl(context, tmp_path, monkeypatch, settings, floor):
+    """Known where the model was measured as a whole; the arithmetic itself may happen to be exact."""
+    monkeypatch.setattr("bitatlas.analysis.fisher.whole.batch_noise", lambda *_: 1e-7)
+    with context("llama", settings={"draws": 1, **settings}) as ctx:
+        rows = run_metric(FisherProjection(), ctx, tmp_path)
+    assert {r.metric for r in rows} == set(FisherProjection.EMITS[: 5 if floor else 3])
+    assert {r.floor for r in rows} == {floor}

@@ -242,3 +242,12 @@ class TestFlip(MetricConformance):
     @classmethod
     def case(cls, tiny_checkpoint):
         return Case(KvFlip, lambda seed: make(tiny_checkpoint("gemma3")))
+
+
+@pytest.mark.parametrize("kind", [KvFisher, KvOutput])
+def test_projections_carry_the_floor_of_the_arithmetic(tiny_checkpoint, tmp_path, monkeypatch, kind):
+    asked = []
+    monkeypatch.setattr("bitatlas.analysis.divergence.batch_noise", lambda *a: asked.append(a) or 1e-7)
+    rows = run_metric(kind(), make(tiny_checkpoint("llama"), (60, 18)), tmp_path)
+    assert {r.floor for r in rows} == {1e-7}
+    assert len(asked) == 1  # of several steps

@@ -30,6 +30,8 @@ def test_equals_whole_forwards_of_pruned_models(context, tmp_path):
                     q = torch.log_softmax(ctx.loaded.logits(ids).double(), -1)
                 kl = (p.exp() * (p - q)).sum(-1).mean(1).numpy()
                 got = rows["prune", u.key]
+                assert 0 < got.floor < 1e-9
+                assert rows["prune_top1", u.key].floor == 0
                 assert got.value == pytest.approx(kl.mean(), rel=1e-3, abs=1e-9)
                 assert got.stderr == pytest.approx(kl.std(ddof=1) / 3**0.5, rel=1e-2, abs=1e-9)
                 changed = (p.argmax(-1) != q.argmax(-1)).double().mean()
