@@ -59,7 +59,8 @@ def front_key(
             body.update(f.name.encode())
             _add(body, getattr(problem, f.name))
     return digest(
-        {"front": body.hexdigest(), "model": model, "run": run, "solver": solver.NAME, "points": points,
+        {"front": body.hexdigest(), "model": model, "run": run, "solver": solver.NAME,
+         "settings": repr(sorted(vars(solver).items())), "points": points,
          "time": 0 if solver.FRONT else time_limit_s, "code": _code()}
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from bitatlas.app.tasks.benching import bench_kernels
 from bitatlas.app.tasks.chatting import chat
 from bitatlas.app.tasks.comparing import compare
 from bitatlas.app.tasks.demo import demo, demo_path
+from bitatlas.app.tasks.describing import describe_allocation, describe_frontier
 from bitatlas.app.tasks.estimating import estimate, estimate_total
 from bitatlas.app.tasks.jobs import jobs_cancel, jobs_list, jobs_logs, jobs_resume, jobs_show, rebuild
 from bitatlas.app.tasks.listing import formats, metrics, quantizers, solvers, targets
@@ -26,8 +27,6 @@ from bitatlas.app.tasks.searching import search, search_candidates, search_token
 from bitatlas.app.tasks.shipping import check, export, generate, pack, submit_pack
 from bitatlas.app.tasks.solving import (
     build_problem,
-    describe_allocation,
-    describe_frontier,
     frontier,
     read_allocation,
     solve,

@@ -47,6 +47,14 @@ def test_every_part_of_the_question_is_in_the_key(problem):
     assert _key(problem, "hull", time=1.0) == _key(problem, "hull", time=2.0)  # has its whole front at once
 
 
+def test_settings_of_the_solver_are_in_the_key(problem):
+    keys = {
+        front_key(problem, get_solver("random_best", {"samples": n} if n else None), "m", "r", 5, 8.0)
+        for n in (0, 3, 4)
+    }
+    assert len(keys) == 3
+
+
 def test_other_code_is_another_front(problem, monkeypatch):
     base = _key(problem)
     monkeypatch.setattr(fronts, "_code", lambda: "other")

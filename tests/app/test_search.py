@@ -19,9 +19,10 @@ from bitatlas.analysis.schema import Allocation, DamageRow, KvLayout, UserError,
 from bitatlas.app.cli_io import emit
 from bitatlas.app.kv_plan import kv_pairs
 from bitatlas.app.tasks import searching
+from bitatlas.app.tasks.describing import describe_allocation
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.refining import submit_refine
-from bitatlas.app.tasks.solving import describe_allocation, solve
+from bitatlas.app.tasks.solving import solve
 from bitatlas.app.work.recorder import packed_choice, unpacked_choice
 from bitatlas.app.work.search import SearchWork
 from bitatlas.cache.paths import Home

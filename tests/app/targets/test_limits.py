@@ -20,7 +20,8 @@ from bitatlas.analysis.schema import (
 )
 from bitatlas.app.targets import SERVABLE, TARGETS
 from bitatlas.app.targets.limits import limits_of
-from bitatlas.app.tasks.solving import build_problem, describe_allocation, solve_table
+from bitatlas.app.tasks.describing import describe_allocation
+from bitatlas.app.tasks.solving import build_problem, solve_table
 
 FORMATS = tuple(
     f.name for f in expand_formats("int{2,3,4,6,8}-g128,int{3,4,8}-g64-sym,int{4,8}-g128-sym,bf16")
