@@ -42,7 +42,11 @@ def page() -> None:
     head = st.container()
     with st.container(horizontal=True, vertical_alignment="bottom"):
         a = st.selectbox(
-            "A", names, index=names.index(FREE) if FREE in names else 1, key="compare_a", bind="query-params"
+            "A",
+            names,
+            index=names.index(FREE) if FREE in names else _rival(study),
+            key="compare_a",
+            bind="query-params",
         )
         b = st.selectbox("B", names, index=0, key="compare_b", bind="query-params")
         metrics = list(study.damage_metrics)
@@ -77,6 +81,14 @@ def _names(study: Study) -> list[str]:
     asked = state.question()
     live = [NOW, FREE] if asked and asked.metric in study.tables else []
     return live + list(_stored(study))
+
+
+def _rival(study: Study) -> int:
+    found = {
+        v["allocation"]: float(v["kl_mean"]) for v in reversed(study.verifications)
+    }  # the newest of each last
+    plans = study.allocations
+    return views.rival([p.weights_bytes for p in plans], [found.get(p.id, float("nan")) for p in plans])
 
 
 def _stored(study: Study) -> dict[str, str]:

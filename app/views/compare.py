@@ -11,7 +11,7 @@ import numpy as np
 from bitatlas.analysis.schema import ModelIndex, SensitivityTable, UserError, parse_format
 from bitatlas.app.views.words import count, short_bytes
 
-__all__ = ["CompareView", "RoleChange", "Side", "Stability", "UnitChange", "build_compare"]
+__all__ = ["CompareView", "RoleChange", "Side", "Stability", "UnitChange", "build_compare", "rival"]
 
 _SHOWN = 200
 
@@ -101,6 +101,18 @@ class CompareView:
         data = asdict(self)
         data["bits"], data["changed"] = self.bits.tolist(), self.changed.tolist()
         return data
+
+
+def rival(sizes: Sequence[int], kl: Sequence[float]) -> int:
+    """Which allocation to hold against the first: of those as large, to 2 %, the one with the lowest measured KL; else the second.
+
+    Args:
+        sizes: bytes of each, two or more; kl: measured, NaN = not verified.
+    """
+    alike = [
+        i for i in range(1, len(sizes)) if abs(sizes[i] - sizes[0]) <= 0.02 * sizes[0] and kl[i] == kl[i]
+    ]
+    return min(alike, key=lambda i: kl[i], default=1)
 
 
 def build_compare(

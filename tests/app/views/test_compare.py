@@ -8,7 +8,7 @@ import pytest
 from bitatlas.analysis.schema import UserError, null_nan, parse_format
 from bitatlas.app.charts import compare as charts
 from bitatlas.app.theme import palette
-from bitatlas.app.views.compare import Side, Stability, build_compare
+from bitatlas.app.views.compare import Side, Stability, build_compare, rival
 from bitatlas.solvers import Problem, get_solver
 
 
@@ -91,3 +91,10 @@ def test_charts(dense, pair, dark):
     )
     assert fall.layout.yaxis.title.text
     assert charts.waterfall(view, palette(dark), "damage").layout.yaxis.title.text
+
+
+def test_the_newest_meets_the_best_of_its_size():
+    nan = float("nan")
+    assert rival([100, 300, 101, 99, 100], [0.4, 0.01, 0.3, 0.2, nan]) == 3
+    assert rival([100, 300, 50], [0.4, 0.01, 0.1]) == 1  # none as large
+    assert rival([100, 100], [nan, nan]) == 1  # none verified
