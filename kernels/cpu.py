@@ -26,7 +26,23 @@ def library(*more: str) -> ctypes.CDLL | None:
         return None
     p, i64, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     lib.bitatlas_linear.argtypes = [p, i64, p, p, i64, p, p, p, i64, i64, i64, i64, number, number]
-    lib.bitatlas_table_linear.argtypes = [p, i64, p, i64, number, p, p, p, i64, i64, i64, i64, number, number]
+    lib.bitatlas_table_linear.argtypes = [
+        p,
+        i64,
+        p,
+        i64,
+        number,
+        p,
+        p,
+        p,
+        p,
+        i64,
+        i64,
+        i64,
+        i64,
+        number,
+        number,
+    ]
     lib.bitatlas_linear.restype = lib.bitatlas_table_linear.restype = None
     return lib
 
@@ -55,17 +71,18 @@ def linear(x: Tensor, matrix: PackedMatrix, lib: ctypes.CDLL | None = None) -> T
     group = fmt.group_size or k
     codes, scales, zeros = matrix.codes.contiguous(), matrix.scales.contiguous(), matrix.zeros
     y = torch.empty(m, matrix.rows)
+    # x once more, every group filled up to a multiple of 32 columns.
+    work = torch.empty(m * fmt.groups(k) * -(-group // 32) * 32)
     if fmt.kind == "codebook":
         lib.bitatlas_table_linear(
             codes.data_ptr(), codes.shape[1] * 4, scales.data_ptr(), 0 if fmt.per_tensor else scales.shape[1],
-            fmt.scale == "e8m0", entries(fmt.codebook).data_ptr(), flat.data_ptr(), y.data_ptr(),
+            fmt.scale == "e8m0", entries(fmt.codebook).data_ptr(), flat.data_ptr(), work.data_ptr(), y.data_ptr(),
             m, matrix.rows, k, group, fmt.bits, torch.get_num_threads(),
         )  # fmt: skip
         return y.view(*x.shape[:-1], matrix.rows).to(x.dtype)
-    sums = torch.empty(m, fmt.groups(k))
     lib.bitatlas_linear(
         codes.data_ptr(), codes.shape[1] * 4, scales.data_ptr(),
         0 if zeros is None else zeros.data_ptr(), 0 if zeros is None else zeros.numel() * 4,
-        flat.data_ptr(), sums.data_ptr(), y.data_ptr(), m, matrix.rows, k, group, fmt.bits, torch.get_num_threads(),
+        flat.data_ptr(), work.data_ptr(), y.data_ptr(), m, matrix.rows, k, group, fmt.bits, torch.get_num_threads(),
     )  # fmt: skip
     return y.view(*x.shape[:-1], matrix.rows).to(x.dtype)

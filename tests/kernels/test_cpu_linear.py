@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ FORMATS = [
     f"int{b}-{g}{s}" for b in (2, 3, 4, 5, 6, 8) for g in ("g32", "g128", "channel") for s in ("", "-sym")
 ]
 TABLES = ["nf4-g32", "nf4-g128", "fp4-g16", "fp4-g32", "mxfp4", "fp8-channel", "fp8-tensor"]
+AVX2 = ("-mno-avx512f",)
 PLAIN = ("-mno-avx512f", "-mno-avx2", "-mno-bmi2", "-mno-f16c")  # what other processors run
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")
 
@@ -28,7 +30,7 @@ def matrix(weight: torch.Tensor, name: str) -> PackedMatrix:
 
 @needs_compiler
 @pytest.mark.parametrize("name", FORMATS + TABLES)
-@pytest.mark.parametrize("flags", [(), PLAIN], ids=["native", "plain"])
+@pytest.mark.parametrize("flags", [(), AVX2, PLAIN], ids=["native", "avx2", "plain"])
 def test_equals_the_reference(name: str, flags: tuple[str, ...]) -> None:
     library = cpu.library(*flags)
     if library is None:
@@ -45,7 +47,47 @@ def test_equals_the_reference(name: str, flags: tuple[str, ...]) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("flags", [(), ("-mno-avx512f",), PLAIN], ids=["native", "avx2", "plain"])
+@pytest.mark.parametrize("flags", [(), AVX2, PLAIN], ids=["native", "avx2", "plain"])
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("int4-g32", 8),
+        ("int4-g32-sym", 24),
+        ("int3-g32", 40),
+        ("int4-g32", 32),
+        ("int8-g32-sym", 32),
+        ("mxfp4", 32),
+    ],
+)
+def test_any_number_of_rows_and_groups(name: str, group: int, flags: tuple[str, ...]) -> None:
+    library = cpu.library(*flags)
+    if library is None:
+        pytest.skip("these flags are for x86")
+    weight, fmt = torch.randn(11, 1128), replace(parse_format(name), group_size=group)
+    m = PackedMatrix(fmt, 11, 1128, pack_weight(weight, fmt, quantize))
+    dense = quantize_dequantize(weight, fmt).double()
+    for count in range(1, 9):
+        x = torch.randn(count, 1128)
+        got, want = cpu.linear(x, m, library), x.double() @ dense.T
+        assert ((got - want).abs() / (x.double().abs() @ dense.abs().T)).max() < 2e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", [(), AVX2, PLAIN], ids=["native", "avx2", "plain"])
+@pytest.mark.parametrize("cols", [4, 17, 36, 64])
+def test_nan_codes_spoil_their_own_row_only(cols: int, flags: tuple[str, ...]) -> None:
+    library = cpu.library(*flags)
+    if library is None:
+        pytest.skip("these flags are for x86")
+    m = matrix(torch.randn(9, cols), "fp8-channel")
+    m.codes[1::2] = 0x7F7F7F7F
+    y = cpu.linear(torch.randn(2, cols), m, library)
+    assert bool(y[:, ::2].isfinite().all())
+    assert bool(y[:, 1::2].isnan().all())
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", [(), AVX2, PLAIN], ids=["native", "avx2", "plain"])
 @pytest.mark.parametrize("name", ["nf4-g32", "mxfp4", "fp8-channel", "fp8-tensor"])
 def test_every_code_of_a_table_is_the_reference_s_to_the_last_bit(name: str, flags: tuple[str, ...]) -> None:
     library = cpu.library(*flags)
