@@ -247,7 +247,7 @@ def test_the_task_and_the_command_line(home, fakes, world, monkeypatch):
     store.begin_run("run-c", index.digest, "routing", formats=count.formats)
     store.write_step("run-c", "all", fakes.rows(count))
     store.finish_run("run-c")
-    for module in ("solving",):
+    for module in ("solving", "describing"):
         monkeypatch.setattr(f"bitatlas.app.tasks.{module}.register", lambda model: index)
     asked = {"metric": "fisher_projection", "bits": 4.0}
     rules = ExpertRules("frequency:2", ("q1=3",), ties="gate-up")

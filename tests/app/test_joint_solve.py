@@ -7,6 +7,7 @@ from streamlit.testing.v1 import AppTest
 
 from bitatlas.analysis.schema import DamageRow, KvLayout, UserError, kv_unit, parse_pair
 from bitatlas.app.tasks import joint, solving
+from bitatlas.app.tasks.describing import describe_allocation
 from bitatlas.cache.store import Store
 
 PAIRS = [f"kv{a}-channel/kv{b}-token" for a in (2, 4, 8) for b in (2, 4, 8)]
@@ -54,7 +55,7 @@ def test_joint_never_worse_than_a_uniform_cache_at_the_same_bytes(index):
         assert set(alone.kv_plan) == set(range(6))
         row = table.select([next(iter(alone.kv_plan.values())).name]).damage
         assert together.predicted <= alone.predicted + float(row.sum()) + 1e-9
-    described = solving.describe_allocation(together)
+    described = describe_allocation(together)
     assert described["kv_bytes"] == kv
     assert sum(described["kv"].values()) == len(plan)
 
