@@ -25,8 +25,12 @@ test: $(STAMP)
 	$(BIN)/python tests/browser/ensure_chromium.py
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
+# What starts processes, whole pages, running models or the Triton interpreter is left to `make test`.
+FAST = $(addprefix --ignore=tests/,cli jobs app/screens app/targets examples analysis/metrics analysis/kv kernels/kv cache/test_crash.py test_how_to_add.py) \
+	--ignore-glob='tests/kernels/test_triton*' --ignore-glob='tests/kernels/test_packed*' --ignore-glob='tests/app/test_*'
+
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 -m "not slow and not browser"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not browser" tests $(FAST)
 
 check: lint types walls
 
