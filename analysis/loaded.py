@@ -106,10 +106,9 @@ class LoadedModel:
         ids = ids.to(self.device)
         if self._reader is None:
             return self.model(input_ids=ids, use_cache=False).logits.float()
-        from bitatlas.analysis.kv.tap import TapCache
+        from bitatlas.analysis.kv.tap import tapped_logits
 
-        cache = TapCache(self.model.config, self._reader)
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits.float()
+        return tapped_logits(self.model, ids, self._reader)
 
     @contextmanager
     def cached(self, reader: KvReader) -> Iterator[LoadedModel]:

@@ -31,6 +31,7 @@ from bitatlas.analysis.measure import MeasureContext, run_metric
 from bitatlas.analysis.metrics import get_metric
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import NO_FORMAT, ModelIndex, SensitivityTable, UserError, expand_formats
+from bitatlas.analysis.unit_features import unit_features
 from bitatlas.analysis.verify import Verifier
 from bitatlas.app.expert_rules import expert_ties
 from bitatlas.app.tasks.interaction import with_interaction
@@ -91,6 +92,7 @@ SEARCHES: dict[Entry, dict[str, Any]] = {
     Entry("", "", "evopress"): {"steps": 10**6, "offspring": 16, "survivors": (4, 1), "tokens": (512, 2048), "initial": 16, "groups": "none"},
     Entry("", "", "nsga2_search"): {"steps": 10**6, "tokens": 1024},
     Entry("fisher_projection", "fisher_scaled", "rco"): {"steps": 50, "tokens": 512, "judge_every": 25},
+    Entry("", "", "ramp"): {"steps": 10**6},
     Entry("fisher_projection", "fisher_scaled", "refine"): {"steps": 10**6, "tokens": 2048},
 }  # fmt: skip
 EXPERTS = (
@@ -214,7 +216,8 @@ def limited(entry: Entry, problem: Problem, engine: Evaluator, seed: int, tokens
     """What a search has found when it has spent ``tokens``, or at its own end."""
     kind, before = get_searcher(entry.solver), engine.spent.forward_equivalents
     start = get_solver("mckp").solve(problem).choice[None] if kind.NEEDS_DAMAGE else None
-    search = kind(problem, engine, seed=seed, settings=SEARCHES[entry], start=start)
+    features = unit_features(engine) if kind.NEEDS_FEATURES else None
+    search = kind(problem, engine, seed=seed, settings=SEARCHES[entry], start=start, features=features)
     return np.asarray(search.run(lambda: engine.spent.forward_equivalents - before >= tokens)["choice"])
 
 

@@ -4,7 +4,7 @@
 
 The files come from `peer_allocations.py`. Only linear layers of the blocks are allocated, the embedding stays bf16, as the
 peers do it. Every allocation is read as int{b}-g64 asymmetric round-to-nearest, whatever quantiser the peer would use: this
-compares the choice of bits, not the quantisers. Ours is the exact solution of the Fisher damages within the peer's bytes,
+compares the choice of bits, not the quantisers. Ours is what `solve` gives (the exact solution of --metric) within the peer's bytes,
 with the peer's own set of widths ("same widths") and with all of ours ("all widths"). One JSON line each is appended to
 benchmarks/results/peers.jsonl; ``calibration_tokens`` is how much text each side read; a peer reads it once per
 option or pass, ours once with two backward passes.
@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--metric", default="fisher_anchored", help="of the values that fisher_projection gives"
+    )
     parser.add_argument("--parts", default="build/peers_fisher")
     parser.add_argument("--out", default="benchmarks/results/peers.jsonl")
     args = parser.parse_args()
@@ -53,7 +56,7 @@ def main() -> None:
     formats = expand_formats(FORMATS)
     ctx = MeasureContext(index, formats, text=args.calibration, tokens=96 * 128, seq_len=128, seed=args.seed)
     rows = run_metric(get_metric("fisher_projection"), ctx, Path(args.parts))
-    table = SensitivityTable.from_rows([r for r in rows if r.metric == "fisher"], index.unit_keys())
+    table = SensitivityTable.from_rows([r for r in rows if r.metric == args.metric], index.unit_keys())
     damage = np.column_stack([table.select([f.name for f in formats]).damage, np.zeros(len(index.units))])
     names = [f.name for f in formats] + ["bf16"]
     size = index.bytes_table([*formats, *expand_formats("bf16")])
@@ -101,7 +104,7 @@ def main() -> None:
             )  # fmt: skip
             record = {
                 "name": name, **facts[name], "bits": round(payload * 8 / linear, 4), "kl": result.kl_mean, "kl_stderr": result.kl_stderr,
-                "held_out_tokens": result.tokens, "seed": args.seed, "model": index.digest[:16],
+                "held_out_tokens": result.tokens, "seed": args.seed, "metric": args.metric, "model": index.digest[:16],
                 "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "cores": os.cpu_count(),
                 "torch": torch.__version__, "transformers": transformers.__version__,
             }  # fmt: skip

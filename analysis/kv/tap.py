@@ -24,7 +24,7 @@ from bitatlas.kernels.errors import UserError
 from bitatlas.kernels.kv.cache import attention_layers
 from bitatlas.kernels.kv.formats import KvLayout
 
-__all__ = ["Attention", "KvRead", "KvReader", "TapCache", "read_logits", "read_through"]
+__all__ = ["Attention", "KvRead", "KvReader", "TapCache", "read_logits", "read_through", "tapped_logits"]
 
 _NAME = "bitatlas_kv"
 
@@ -138,8 +138,13 @@ def read_logits(model: Any, ids: Tensor, reader: KvReader) -> Tensor:
         UserError: an architecture whose attention cannot be exchanged.
     """
     with read_through(model, reader):
-        cache = TapCache(model.config, reader)
-        logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        return tapped_logits(model, ids, reader)
+
+
+def tapped_logits(model: Any, ids: Tensor, reader: KvReader) -> Tensor:
+    """`read_logits` inside a `read_through` of the same reader."""
+    cache = TapCache(model.config, reader)
+    logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
     return logits.float()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from bitatlas.analysis.schema import Allocation, UserError
 from bitatlas.app.tasks.shipping import index_of
 from bitatlas.app.tasks.solving import read_allocation
-from bitatlas.cache.paths import Home, atomic_write
+from bitatlas.cache.paths import Home, write_output
 from bitatlas.cache.store import Store
 
 __all__ = ["repair"]
@@ -36,14 +36,13 @@ def repair(
     verdict = engine.check(plan, index)
     fixed = repaired(plan, index, engine)
     nbytes = engine.engine_bytes(fixed, index)
-    file = Path(output).expanduser().resolve()
-    atomic_write(file, fixed.to_json().encode())
+    write_output(output, fixed.to_json().encode())
     Store(Home.default()).put_allocation(fixed)
     return {
         "target": target,
         **verdict.to_dict(),
         "repaired": {
-            "file": str(file),
+            "file": str(Path(output).expanduser().resolve()),
             "changed": len(verdict.changes or {}),
             "bytes": nbytes,
             "over_budget": max(0, nbytes - fixed.budget.weights_bytes) if fixed.budget else 0,

@@ -171,11 +171,7 @@ def _prepare(
     metric = metric or default_metric(store, index, names)
     table = None
     # A rule that needs no damage is still told it where it is known, so that its prediction can be shown.
-    if (
-        algorithm.NEEDS_DAMAGE
-        or algorithm.METRICS
-        or store.latest_run(index.digest, metric, names) is not None
-    ):
+    if needs or store.latest_run(index.digest, metric, names) is not None:
         table = find_table(store, index, metric, names, quantizer)
     return store, index, metric, table, names, pinned, limits
 
