@@ -15,12 +15,17 @@ from bitatlas.app.cli_options import (
     Bytes,
     Context,
     Damage,
+    ExpertGrouping,
+    ExpertTies,
     Fit,
+    GroupLimits,
     Json,
     KvBits,
     KvPlan,
     Model,
     Pins,
+    RareBelow,
+    RareFloor,
     Reserve,
     Seed,
     SolveFormats,
@@ -72,6 +77,11 @@ def search(
     formats: SolveFormats = None,
     pin: Pins = None,
     target: Target = None,
+    expert_groups: ExpertGrouping = "",
+    group_limit: GroupLimits = None,
+    rare_floor: RareFloor = "",
+    rare_below: RareBelow = 1,
+    expert_ties: ExpertTies = "free",
     calibration: Annotated[Path | None, typer.Option(help="Text or JSONL file; the demo brings its own.")] = None,
     tokens: Annotated[int, typer.Option(help="Pool of text; minibatches are drawn from it.")] = 65536,
     seq_len: int = 256,
@@ -85,8 +95,9 @@ def search(
     wait: Wait = True,
     json_output: Json = False,
 ) -> None:  # fmt: skip
-    """Search on the real model. A durable job; every candidate is a row of the store."""
+    """Search on the real model. A durable job; every candidate is a row of the store and keeps to all limits."""
     from bitatlas.app import tasks
+    from bitatlas.app.expert_rules import ExpertRules
 
     chosen = tasks.parse_settings(set_ or [])
     most = tasks.search_tokens(
@@ -100,7 +111,8 @@ def search(
         model, solver=solver, metric=metric, bits=bits, bytes_=bytes_, fit=fit, context=context, batch=batch,
         kv_bits=kv_bits, kv_plan=kv_plan, reserve=reserve, formats=formats, pins=pin or [], target=target,
         calibration=calibration, tokens=tokens, seq_len=seq_len, steps=generations, start=start or [], policy=policy,
-        settings=chosen, seed=seed, precision=precision, output=output, wait=wait, on_progress=progress_printer(json_output),
+        settings=chosen, seed=seed, precision=precision, output=output, wait=wait,
+        experts=ExpertRules(expert_groups, tuple(group_limit or ()), rare_floor, rare_below, expert_ties), on_progress=progress_printer(json_output),
     )  # fmt: skip
     if isinstance(result, dict):
         emit(result, json_output, "job")

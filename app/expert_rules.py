@@ -39,6 +39,12 @@ class ExpertRules:
     def __bool__(self) -> bool:
         return bool(self.limits or self.floor or self.ties != "free")
 
+    @classmethod
+    def of(cls, told: Mapping[str, Any] | None) -> ExpertRules:
+        """The rules that `settings` (or JSON of it) tells under "experts"; None = no rules."""
+        told = dict(told or {})
+        return cls(**told | {"limits": tuple(told.get("limits", ()))})
+
     def settings(self) -> dict[str, Any]:
         """For the provenance."""
         return {"experts": asdict(self)}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitatlas.analysis.schema import UserError
+from bitatlas.solvers.classes import Classes
 from bitatlas.solvers.problem import Problem
 
 __all__ = ["ByteGroups", "Caps", "byte_groups", "cap_steps"]
@@ -30,6 +31,10 @@ class ByteGroups:
         inside = self.label >= 0
         used = np.bincount(self.label[inside], taken[inside], len(self.limits))  # exact below 2^53 bytes
         return self.limits - used.astype(np.int64)
+
+    def rooms(self, classes: Classes, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `front_cache.fill` keeps to: group of each class (C,), and the bytes (G,) that each has left under a choice (C,)."""
+        return self.label, self.left(classes.bytes[np.arange(len(choice)), choice])
 
 
 @dataclass(frozen=True, eq=False)

@@ -168,8 +168,8 @@ class FrontCache:
             worth = self.caps.multipliers(slope)
             bound -= float(worth @ self.caps.room)
             near = np.unique(np.concatenate([near, *(self.caps.near[g] for g in np.flatnonzero(worth))]))
-            left = self.groups.left(self.classes.bytes[np.arange(len(choice)), choice])
-            rooms = self.groups.label[near], left
+            label, left = self.groups.rooms(self.classes, choice)
+            rooms = label[near], left
         if filled and near.size:
             part, before = self.classes.rows(near), choice[near]
             after = fill(part, before, part.payload(before) + limit_bytes - payload, rooms)

@@ -1,9 +1,13 @@
-"""EvoPress's level switch with a budget in bytes: some classes go a level up, others pay for it by going down."""
+"""EvoPress's level switch with a budget in bytes: some classes go a level up, others pay for it by going down.
+
+Limits on the bytes of groups are kept like the budget: what a move puts above one is paid for inside the group.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
+from bitatlas.solvers.byte_groups import byte_groups
 from bitatlas.solvers.problem import Problem
 
 __all__ = ["LevelSwitch"]
@@ -21,6 +25,8 @@ class LevelSwitch:
     def __init__(self, problem: Problem, groups: str = "size") -> None:
         c = problem.classes
         self.limit = problem.limit_bytes
+        self._limited = byte_groups(problem)
+        self._label = np.full(len(c.bytes), -1) if self._limited is None else self._limited.label
         self._rows = np.arange(len(c.bytes))
         self.top = c.allowed.sum(axis=1) - 1
         # (C, F) formats of a class by bytes, the forbidden ones last; beyond the top rung the last one again.
@@ -49,6 +55,12 @@ class LevelSwitch:
     def payload(self, level: np.ndarray) -> int:
         """Bytes of levels (C,)."""
         return int(self.size[self._rows, level].sum())
+
+    def _left(self, level: np.ndarray) -> np.ndarray:
+        """(G,) bytes that each limited group has left."""
+        if self._limited is None:
+            return np.zeros(0, np.int64)
+        return self._limited.left(self.size[self._rows, level])
 
     def step_bytes(self, level: np.ndarray, by: int) -> np.ndarray:
         """(C,) bytes that a class gains (``by`` = 1) or frees (-1) by its next level; -1 at the end of its ladder."""
@@ -82,10 +94,11 @@ class LevelSwitch:
         return level
 
     def random(self, rng: np.random.Generator) -> np.ndarray:
-        """(C,) levels: the smallest common level beyond the budget everywhere, lowered at random until it fits."""
+        """(C,) levels: the smallest common level beyond the budget (groups kept to theirs), lowered at random until it fits."""
         level = np.zeros(len(self.top), np.int64)
         for common in range(int(self.top.max()) + 1):
             level = np.minimum(common, self.top)
+            self._keep_groups(level, rng)
             if self.payload(level) > self.limit:
                 break
         self.lower(level, rng)
@@ -95,25 +108,46 @@ class LevelSwitch:
     def lower(
         self, level: np.ndarray, rng: np.random.Generator, mine: np.ndarray | None = None, spared: int = -1
     ) -> None:
-        """Lower random classes (of ``mine``, and not ``spared``, while others can) in place until the budget holds."""
-        excess = self.payload(level) - self.limit
+        """Lower random classes (of ``mine``, and not ``spared``, while others can) in place until every limit holds."""
+        self._keep_groups(level, rng, mine, spared)
+        everything = np.ones(len(level), bool)
+        self._free(level, rng, self.payload(level) - self.limit, everything, mine, spared)
+
+    def _keep_groups(
+        self, level: np.ndarray, rng: np.random.Generator, mine: np.ndarray | None = None, spared: int = -1
+    ) -> None:
+        """Lower classes of the groups that are above their limits, in place."""
+        left = self._left(level)
+        for g in np.flatnonzero(left < 0).tolist():
+            inside = self._label == g
+            self._free(level, rng, -int(left[g]), inside, None if mine is None else mine & inside, spared)
+
+    def _free(
+        self, level: np.ndarray, rng: np.random.Generator, excess: int, among: np.ndarray, mine: np.ndarray | None, spared: int
+    ) -> None:  # fmt: skip
+        """Lower classes of ``among`` in place until ``excess`` bytes are free; some of ``mine`` while there are any."""
         while excess > 0:
             freed = self.step_bytes(level, -1)
-            able = np.flatnonzero(freed > 0 if mine is None else mine & (freed > 0))
+            able = np.flatnonzero((among if mine is None else mine) & (freed > 0))
             if not len(able):
-                able, mine = np.flatnonzero(freed > 0), None
+                # Where the next format down has the same bytes, the one below it frees some.
+                able, mine = np.flatnonzero(among & (freed > 0)), None
+                able = able if len(able) else np.flatnonzero(among & (freed >= 0))
             at = int(rng.choice(able[able != spared] if (able != spared).any() else able))
             excess -= int(freed[at])
             level[at] -= 1
 
     def fill(self, level: np.ndarray, rng: np.random.Generator) -> None:
-        """Raise random classes in place while one fits."""
+        """Raise random classes in place while one fits into the budget and into its group."""
         room = self.limit - self.payload(level)
+        # Classes without a group share a last one that is never full.
+        left = np.append(self._left(level), np.iinfo(np.int64).max // 2)
         while room > 0:
             more = self.step_bytes(level, 1)
-            able = np.flatnonzero((more > 0) & (more <= room))
+            able = np.flatnonzero((more > 0) & (more <= room) & (more <= left[self._label]))
             if not len(able):
                 return
             at = int(rng.choice(able))
             room -= int(more[at])
+            left[self._label[at]] -= int(more[at])
             level[at] += 1

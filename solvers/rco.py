@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bitatlas.analysis.schema import UserError
+from bitatlas.solvers.byte_groups import byte_groups
 from bitatlas.solvers.front_cache import fill
 from bitatlas.solvers.searcher import Reading, Searcher, State, solve_costs
 
@@ -83,6 +84,7 @@ class Rco(Searcher):
     ``tokens`` each; the temperature falls exponentially from 1 to ``tau_min``. The rounded solution and the best vertices
     meet at the end of every ``judge_every`` steps on ``judge_tokens``. The likeliest formats need not take all bytes: what
     the knapsack leaves is spent by single steps before anything is judged, as the published rounding asks for the exact budget.
+    Limits on groups bind the vertices, not the manifold.
     """
 
     NAME: ClassVar[str] = "rco"
@@ -173,7 +175,9 @@ class Rco(Searcher):
             extra = c.bytes - c.bytes[np.arange(len(choice)), choice][:, None]
             worth = extra * np.where(extra > 0, self._manifold().softmax(logits), 1.0)
             c = replace(c, damage=np.where(c.allowed, -worth, np.inf))
-        return fill(c, choice, self.problem.limit_bytes)
+        groups = byte_groups(self.problem)
+        rooms = None if groups is None else groups.rooms(c, choice)
+        return fill(c, choice, self.problem.limit_bytes, rooms)
 
     def _slope(self, choice: np.ndarray, text: int) -> tuple[np.ndarray, float]:
         """(C, F) change of the loss towards every option of the classes, and the loss."""

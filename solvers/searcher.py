@@ -15,6 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from bitatlas.analysis.schema import Objective, UserError
+from bitatlas.solvers.byte_groups import byte_groups
+from bitatlas.solvers.front_cache import FrontCache
 from bitatlas.solvers.infeasible import check_feasible
 from bitatlas.solvers.mckp import Mckp
 from bitatlas.solvers.problem import Problem
@@ -74,19 +76,28 @@ class Searcher(ABC):
         missing = [m for m in self.REQUIRES if find_spec(m) is None]
         if missing:
             raise UserError(f"{self.NAME} needs {', '.join(missing)}", fix=f"pip install {' '.join(missing)}")
-        if problem.side:
-            raise UserError(
-                f"{self.NAME} knows one budget only", found=", ".join(s.name for s in problem.side)
-            )
-        if self.NEEDS_DAMAGE and not problem.has_damage:
-            raise UserError(f"{self.NAME} needs a damage for every unit", found="no metric", fix="name one with --metric")  # fmt: skip
-        check_feasible(problem)
+        self.check(problem)
         self.problem, self.objective, self.seed = problem, objective, seed
         self.settings = self.checked(settings or {})
         starts = np.zeros((0, len(problem.units)), np.int64) if start is None else np.atleast_2d(start)
         self.start = np.array([c for c in starts if self.fits(c)], np.int64).reshape(-1, len(problem.units))
         self.features = features
         self.policy = dict(policy or {})
+
+    @classmethod
+    def check(cls, problem: Problem) -> None:
+        """Return if the search can take this problem: bytes, and the bytes of separate groups of units, are all it holds.
+
+        Raises:
+            UserError: another limit, groups that cut through tied units, no damage where one is needed, or nothing fits.
+        """
+        if cls.NEEDS_DAMAGE and not problem.has_damage:
+            raise UserError(f"{cls.NAME} needs a damage for every unit", found="no metric", fix="name one with --metric")  # fmt: skip
+        check_feasible(problem)
+        try:
+            byte_groups(problem)
+        except UserError as error:
+            raise UserError(error.what, found=error.found, fix=error.fix.replace("use ilp", "`bitatlas solve --solver ilp`")) from None  # fmt: skip
 
     @classmethod
     def checked(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +138,7 @@ class Searcher(ABC):
         return np.random.default_rng([self.seed, step])
 
     def fits(self, choice: np.ndarray) -> bool:
-        """Whether a choice (U,) is allowed, keeps the ties and lies within the budget."""
+        """Whether a choice (U,) is allowed, keeps the ties and lies within the budget and the limits of groups."""
         p, c = self.problem, self.problem.classes
         choice = np.asarray(choice)
         together = bool((c.expand(c.expand_back(choice)) == choice).all())
@@ -135,6 +146,7 @@ class Searcher(ABC):
             together
             and bool(p.allowed[np.arange(len(choice)), choice].all())
             and p.payload(choice) <= p.limit_bytes
+            and not any(s.cost[np.arange(len(choice)), choice].sum() > s.limit for s in p.side)
         )
 
     @abstractmethod
@@ -156,10 +168,17 @@ class Searcher(ABC):
 
 
 def solve_costs(problem: Problem, cost: np.ndarray) -> np.ndarray:
-    """(C,) the exact best choice for costs (C, F) of classes, any sign, within the budget; inf = not allowed."""
+    """(C,) the best choice for costs (C, F) of classes, any sign, within the budget and the limits of groups; inf = not allowed.
+
+    Exact where no group is at its limit; there at most one step of the hull worse for each that is (`solvers.byte_groups`).
+    """
     c = problem.classes
     open_ = c.allowed & np.isfinite(cost)
     lifted = np.where(open_, cost - np.where(open_, cost, np.inf).min(axis=1, keepdims=True), np.inf)
     view = replace(problem)
     view.__dict__["classes"] = replace(c, damage=lifted, allowed=open_)
-    return c.expand_back(Mckp()._solve(view, 0, np.inf).choice)
+    found = c.expand_back(Mckp()._solve(view, 0, np.inf).choice)
+    groups = byte_groups(view)
+    if groups is not None and (groups.rooms(c, found)[1] < 0).any():
+        return c.expand_back(FrontCache.of(view).at(view.limit_bytes).choice)
+    return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.analysis.schema import Allocation, Budget, KvLayout, UserError
+from bitatlas.app.expert_rules import ExpertRules
 from bitatlas.app.tasks.jobs import submit_and_wait
 from bitatlas.app.tasks.models import register
 from bitatlas.app.tasks.searching import submit_search
@@ -28,7 +29,7 @@ def submit_refine(
     rounds: int = 8,
     seed: int = 77,
 ) -> str:
-    """Start (or join) the search `refine` from an allocation, on its own metric, formats, pins and budget.
+    """Start (or join) the search `refine` from an allocation, on its own metric, formats, pins, budget and rules for experts.
 
     Half of ``tokens`` gives the slopes, the other half judges; of at most ``rounds`` rounds.
 
@@ -63,6 +64,7 @@ def submit_refine(
         index.path, solver="refine", metric=metric, run=str(run), budget=replace(budget), kv=plan.kv, kv_layout=window,
         formats=tuple(formats), pins=plan.pins, target=settings.get("target") or None, calibration=calibration, tokens=tokens, seq_len=seq_len, steps=rounds, seed=seed,
         settings={"tokens": half, "judge_tokens": half, "few_tokens": max(half // 4, 1)}, start=[plan], label=f"{plan.solver}+refine",
+        experts=ExpertRules.of(settings.get("experts")), rules_seed=plan.provenance.seed,
     )  # fmt: skip
 
 

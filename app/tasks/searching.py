@@ -17,17 +17,25 @@ from bitatlas.analysis.schema import (
     resolve_pins,
 )
 from bitatlas.app.budgets import resolve_budget
+from bitatlas.app.expert_groups import parse_grouping
+from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
 from bitatlas.app.kv_plan import cache_pairs, pair_names
 from bitatlas.app.tasks.formats_to_solve import formats_to_solve
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait, the_jobs
 from bitatlas.app.tasks.measuring import calibration_file, file_digest
 from bitatlas.app.tasks.models import fit_length, register
-from bitatlas.app.tasks.solving import build_problem, default_metric, find_table, read_allocation
+from bitatlas.app.tasks.solving import (
+    build_problem,
+    default_metric,
+    evidence_runs,
+    expert_evidence,
+    find_table,
+    read_allocation,
+)
 from bitatlas.cache.keys import digest
 from bitatlas.cache.paths import Home, write_output
 from bitatlas.cache.store import Store
-from bitatlas.solvers import Problem, get_searcher
-from bitatlas.solvers.infeasible import check_feasible
+from bitatlas.solvers import Problem, certify, choice_of, get_searcher
 
 __all__ = [
     "search",
@@ -35,6 +43,7 @@ __all__ = [
     "search_problem",
     "search_run",
     "search_tokens",
+    "start_notes",
     "submit_search",
     "text_notes",
 ]
@@ -73,6 +82,8 @@ def submit_search(
     precision: str = "float32",
     label: str = "",
     run: str = "",
+    experts: ExpertRules | None = None,
+    rules_seed: int | None = None,
 ) -> str:
     """Start (or join) a search; returns the job's id. The same question is the same job.
 
@@ -88,17 +99,24 @@ def submit_search(
         policy: a policy file of an earlier search, applied as it is with ``steps=0``.
         precision: ``float32`` or ``bfloat16`` for running the model; the latter is faster and blurs KLs below about 1e-3.
         label: what the allocation names as its solver. run: the measurement to use instead of the newest.
+        experts: limits on groups, floors for rare experts, ties among them, as in `solve`; every candidate keeps to them.
+        rules_seed: of clusters of experts; None = ``seed``.
 
     Raises:
         UserError: anything in it that cannot be.
     """
-    kind = get_searcher(solver)
+    kind, rules = get_searcher(solver), experts or ExpertRules()
     index = register(model)
     store = Store(Home.default())
     metrics = (metric,) if metric else SOLVE_BY_DEFAULT
-    names, _ = formats_to_solve(store, index, formats, target, metrics, bool(metric) or kind.NEEDS_DAMAGE)
-    if not metric and kind.NEEDS_DAMAGE:
-        metric = default_metric(store, index, names)
+    grouped = parse_grouping(rules.groups)[0] if rules.limits and rules.groups else ""
+    needs = kind.NEEDS_DAMAGE or grouped == "damage"
+    names, _ = formats_to_solve(store, index, formats, target, metrics, bool(metric) or needs)
+    if not metric:
+        usual = default_metric(store, index, names)
+        # Clusters are made of the damage too, where there is one.
+        known = grouped == "cluster" and store.latest_run(index.digest, usual, names) is not None
+        metric = usual if needs or known else None
     if metric:
         run = run or find_table(store, index, metric, names).run
         store.run(run)
@@ -140,7 +158,11 @@ def submit_search(
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in checked.items()},
         "policy": str(Path(policy).resolve()) if policy else "", "policy_sha": file_digest(Path(policy)) if policy else "",
     } | ({"kv_layout": dict(kv_layout)} if kv_layout else {})  # fmt: skip
-    check_feasible(search_problem(params, index, Home.default()))  # now rather than in the job
+    if (
+        rules
+    ):  # with the measurements that groups are made of now: a search that goes on later has the same groups
+        params |= rules.settings() | {"rules_seed": seed if rules_seed is None else rules_seed, "evidence": evidence_runs(store, index)}  # fmt: skip
+    kind.check(search_problem(params, index, Home.default()))  # now rather than in the job
     return submit("search", params, f"{kind.TITLE} on {index.name}, {budget.label or 'as given'}")
 
 
@@ -154,7 +176,13 @@ def search_problem(params: Mapping[str, Any], index: ModelIndex, home: Home) -> 
         from bitatlas.app.targets.limits import limits_of
 
         limits = limits_of(get_target(params["target"]), index, formats)
-    return build_problem(index, table, formats, params["limit_bytes"], params["pins"], limits)
+    rules = ExpertRules.of(params.get("experts"))
+    ties = expert_ties(index, rules.ties)
+    problem = build_problem(index, table, formats, params["limit_bytes"], params["pins"], limits, ties)
+    if rules:
+        known = expert_evidence(Store(home), index, table, params["evidence"])
+        problem = under_rules(problem, index, known, rules, params["metric"], params["rules_seed"])
+    return problem
 
 
 def search_run(params: Mapping[str, Any]) -> str:
@@ -202,6 +230,16 @@ def text_notes(solver: str, tokens: int, settings: Mapping[str, Any], starts: in
         return []
     return [f"{kind.TITLE} asks for texts of {longest:,} tokens and the pool has {tokens:,}: its longest stages read the whole pool, "
             f"the same text each time; --tokens {longest} where the text has as many, or a shorter schedule"]  # fmt: skip
+
+
+def start_notes(problem: Problem, names: Iterable[str], store: Store) -> list[str]:
+    """Why allocations to begin with were left out: one note for each that breaks a limit of the search's own problem."""
+    out = []
+    for key in names:
+        proof = certify(problem, choice_of(problem, store.allocation(key).formats))
+        if not proof.feasible:
+            out.append(f"an allocation to begin with was left out: {proof.violations[0]}")
+    return out
 
 
 def search_candidates(job: str) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from bitatlas.app.targets.limits import Limits
 
 __all__ = [
-    "build_problem", "default_metric", "find_table", "frontier", "in_own_bytes", "read_allocation",
+    "build_problem", "default_metric", "evidence_runs", "expert_evidence", "find_table", "frontier", "in_own_bytes", "read_allocation",
     "solve",
 ]  # fmt: skip
 
@@ -138,15 +138,19 @@ def posed(
     return build_problem(index, None, formats, limit_bytes, pins, limits, ties).with_score(table)
 
 
+def evidence_runs(store: Store, index: ModelIndex) -> dict[str, str]:
+    """Name -> newest run of everything beside the damage that groups of experts are made of."""
+    found = ((name, store.latest_run(index.digest, name)) for name in EVIDENCE)
+    return {name: run for name, run in found if run is not None}
+
+
 def expert_evidence(
-    store: Store, index: ModelIndex, table: SensitivityTable | None
+    store: Store, index: ModelIndex, table: SensitivityTable | None, runs: Mapping[str, str] | None = None
 ) -> dict[str, SensitivityTable]:
-    """What is known about experts: the damage, and of everything else that groups are made of the newest measurement."""
+    """What is known about experts: the damage, and the tables of `evidence_runs`, or of those ``runs`` that a job wrote down."""
     out = {table.metric: table} if table is not None else {}
-    for name in EVIDENCE:
-        run = store.latest_run(index.digest, name)
-        if run is not None:
-            out[name] = store.table(run, name, index.unit_keys())
+    for name, run in (evidence_runs(store, index) if runs is None else runs).items():
+        out[name] = store.table(run, name, index.unit_keys())
     return out
 
 

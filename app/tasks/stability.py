@@ -87,8 +87,7 @@ def solved_again(store: Store, index: ModelIndex, plan: Allocation) -> tuple[Pro
         from bitatlas.app.targets.limits import limits_of
 
         limits = limits_of(get_target(str(settings["target"])), index, names)
-    asked = dict(settings.get("experts") or {})
-    rules = ExpertRules(**asked | {"limits": tuple(asked.get("limits", ()))})
+    rules = ExpertRules.of(settings.get("experts"))
     problem = build_problem(index, table, names, 0, plan.pins, limits, expert_ties(index, rules.ties))
     if rules:
         evidence = expert_evidence(store, index, table)

@@ -42,7 +42,9 @@ def _form(study: Study) -> None:
 
     asked = state.question()
     if asked is None or asked.metric not in study.tables:
-        st.caption("A search answers the question of the Fit page: its memory, formats, pins and engine.")
+        st.caption(
+            "A search answers the question of the Fit page: its memory, formats, pins, engine and limits on groups."
+        )
         link_to("fit", "Ask on the Fit page", ":material/tune:")
         return
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -71,20 +73,19 @@ def _form(study: Study) -> None:
         if most is not None
         else "its tokens cannot be told beforehand"
     )
-    st.caption(
-        f"{SEARCHERS[solver].TITLE}: {told}."
-        + (" A search keeps to no limits on groups." if asked.rules else "")
-    )
+    limits = f" Every candidate keeps to {', '.join(asked.rules.limits)}." if asked.rules else ""
+    st.caption(f"{SEARCHERS[solver].TITLE}: {told}.{limits}")
     pins = {study.keys[i]: f for i, f in state.pins().items()}
     st.button("Search", type="primary", key="start_search", icon=":material/play_arrow:", on_click=_submit,
               args=(study, asked, pins, solver, tokens, steps, seed, text))  # fmt: skip
     problem = st.session_state.pop(_PROBLEM, None)
     if problem:
         error_box(problem)
+    groups = {"expert_groups": asked.groups, "group_limit": list(asked.rules.limits)} if asked.rules else {}
     kv = {"context": asked.context, "batch": asked.batch, "kv_plan": asked.kv} if asked.context else {}
     cli_twin(command("search", study.index.path, solver=solver, metric=asked.metric, fit=asked.total_bytes, **kv, reserve=asked.reserve_bytes,
                      formats=",".join(asked.formats), target=asked.target, tokens=tokens, generations=steps, seed=seed, calibration=text,
-                     pin=pin_rules(pins), output="allocation.json"))  # fmt: skip
+                     pin=pin_rules(pins), **groups, output="allocation.json"))  # fmt: skip
 
 
 def _submit(
@@ -105,6 +106,7 @@ def _submit(
             study.index.path, solver=solver, metric=asked.metric, fit=asked.total_bytes, context=asked.context, batch=asked.batch,
             kv_plan=asked.kv if asked.context else "", reserve=asked.reserve_bytes, formats=asked.formats, pins=pins,
             target=asked.target or None, calibration=tasks.confine(text) if text else None, tokens=tokens, steps=steps, seed=seed,
+            experts=asked.rules,
         )  # fmt: skip
         state.set_job(job)
     except UserError as e:

@@ -27,8 +27,9 @@ from bitatlas.analysis.schema import (
     Spent,
     parse_format,
 )
+from bitatlas.app.expert_rules import ExpertRules
 from bitatlas.app.jobs.work import Work
-from bitatlas.app.tasks.searching import search_problem, search_run, text_notes
+from bitatlas.app.tasks.searching import search_problem, search_run, start_notes, text_notes
 from bitatlas.app.tasks.solving import in_own_bytes
 from bitatlas.app.work.checkpoint import loadable, unchanged
 from bitatlas.app.work.parts import load_part, save_part
@@ -144,15 +145,18 @@ class SearchWork(Work):
         last = self._state(len(self.plan()) - 1)
         choice, kl = np.asarray(last["choice"]), float(last["kl"])
         proof, forward, backward = certify(self.problem, choice), int(last["spent"][0]), int(last["spent"][1])
+        if not proof.feasible:
+            raise RuntimeError(f"{p['solver']} broke its limits: {'; '.join(proof.violations[:3])}")
+        rules = ExpertRules.of(p.get("experts"))
         told = {
             "kl": kl, "kl_stderr": float(last.get("stderr", np.nan)), "kl_before": float(last.get("before", np.nan)),
             "forward_tokens": forward, "backward_tokens": backward, "forward_equivalents": forward + 2 * backward,
             "computed_tokens": float(last["spent"][2]), "evaluations": int(last["spent"][3]), "from": list(p["start"]),
             "settings": p["settings"], "candidates": self._run_id,
-            "notes": text_notes(p["solver"], p["tokens"], p["settings"], len(p["start"])),
+            "notes": text_notes(p["solver"], p["tokens"], p["settings"], len(p["start"])) + start_notes(self.problem, p["start"], store),
         }  # fmt: skip
         settings = {"run": p["run"], "metric": p["metric"], "formats": list(p["formats"]), "solver": p["solver"], "target": p["target"],
-                    "refined" if p["solver"] == "refine" else "search": told}  # fmt: skip
+                    "refined" if p["solver"] == "refine" else "search": told} | (rules.settings() if rules else {})  # fmt: skip
         found = Allocation(
             model_digest=self.index.digest, model_name=self.index.name,
             formats={u: self.problem.formats[j] for u, j in zip(self.problem.units, choice.tolist())},

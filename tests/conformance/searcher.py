@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from bitatlas.analysis.schema import Scores, Spent, TieGroup, UserError
-from bitatlas.solvers import Problem, Searcher, certify
+from bitatlas.solvers import Problem, Searcher, SideBudget, certify
 
 __all__ = ["Pretended", "SearcherConformance", "search_problem", "sensitivity_features"]
 
@@ -24,6 +25,21 @@ def search_problem(units: int = 12, seed: int = 0, **options: Any) -> Problem:
     options.setdefault("params", size[:, 0] * 8 // BITS[0])  # so that effective bits are the formats' own
     return Problem.of(damage, size, limit, units=[f"u{i}" for i in range(units)], formats=[f"int{b}" for b in BITS],
                       roles=["q" if i % 3 else "down" for i in range(units)], **options)  # fmt: skip
+
+
+def with_groups(problem: Problem, bits: dict[tuple[int, int], float]) -> Problem:
+    """The problem with limits on the bytes of runs of units, (first, last) -> bits per weight."""
+    sides = []
+    for (first, last), most in bits.items():
+        cost = (
+            np.where(
+                (np.arange(len(problem.units)) >= first) & (np.arange(len(problem.units)) <= last), 1.0, 0.0
+            )[:, None]
+            * problem.bytes
+        )
+        limit = float(int(most * problem.params[first : last + 1].sum() / 8))
+        sides.append(SideBudget(f"group {first}-{last}", cost, limit))
+    return replace(problem, side=tuple(sides))
 
 
 def sensitivity_features(problem: Problem) -> np.ndarray:
@@ -72,6 +88,24 @@ class Pretended:
     def distances(self, choice: np.ndarray) -> np.ndarray:
         d = np.sqrt(self.true)
         return (d - d[np.arange(len(choice)), choice][:, None]) ** 2
+
+
+class Watched(Pretended):
+    """An objective that keeps every allocation it is asked about."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.asked: list[np.ndarray] = []
+
+    def scores(self, choices: np.ndarray, tokens: int, seed: int, pool: str = "all") -> Scores:
+        self.asked += list(np.atleast_2d(choices))
+        return super().scores(choices, tokens, seed, pool)
+
+    def slopes(
+        self, choice: np.ndarray, tokens: int, seed: int, pool: str = "all"
+    ) -> tuple[np.ndarray, float]:
+        self.asked.append(choice)
+        return super().slopes(choice, tokens, seed, pool)
 
 
 class SearcherConformance:
@@ -155,6 +189,44 @@ class SearcherConformance:
         best = fine.run()["choice"]
         again = self.make(kind, problem, seed=8, start=best[None])
         assert again.objective.kl(again.run()["choice"]) <= 1.05 * fine.objective.kl(best)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_limits_of_groups_hold_in_every_candidate(self, kind, seed):
+        tied = search_problem(
+            ties=[TieGroup("t", ("u0", "u1", "u5"))], pins={"u2": "int6", "u9": "int2"}, seed=seed
+        )
+        # The first group can have little beyond its pin, the second less than the budget would give it.
+        problem = with_groups(tied, {(0, 5): 2.7, (6, 9): 2.5})
+        search = self.make(kind, problem, seed)
+        search.objective = watched = Watched(problem)
+        free = self.make(kind, tied, seed).run()["choice"]
+        assert not search.fits(free)
+        state = search.run()
+        assert certify(problem, state["choice"]).feasible
+        assert search.fits(state["choice"])
+        assert len(watched.asked) > 3
+        for choice in watched.asked:
+            proof = certify(problem.with_limit(10**9), choice)  # on its way a walk may be above the budget
+            assert proof.feasible, proof.violations
+        begun = self.make(kind, problem, seed, start=np.array([free, state["choice"]]))
+        assert len(begun.start) == 1  # what breaks a limit is no start
+        again = begun.begin()
+        for number in (1, 2):
+            if not bool(again["done"]):
+                again = self.make(kind, problem, seed).step(again, number)
+            assert certify(problem, again["choice"]).feasible
+
+    def test_limits_that_no_search_holds(self, kind):
+        problem = search_problem(ties=[TieGroup("t", ("u0", "u1", "u5"))])
+        with pytest.raises(UserError, match="different groups") as across:
+            self.make(kind, with_groups(problem, {(0, 3): 3.0}))
+        assert "solve --solver ilp" in across.value.fix
+        other = replace(problem, side=(SideBudget("BOPs", np.ones(problem.bytes.shape), 1e9),))
+        with pytest.raises(UserError, match="nothing else") as bops:
+            self.make(kind, other)
+        assert "solve --solver ilp" in bops.value.fix
+        with pytest.raises(UserError, match="cannot be met"):
+            self.make(kind, with_groups(problem, {(6, 9): 1.0}))
 
     def test_bad_settings_and_budgets(self, kind):
         problem = search_problem()

@@ -9,18 +9,25 @@ import numpy as np
 import pytest
 
 from bitatlas.analysis.schema import UserError
-from bitatlas.solvers import SEARCHERS, Problem, get_searcher
+from bitatlas.solvers import SEARCHERS, Problem, certify, get_searcher, get_solver
 from bitatlas.solvers.evopress import EvoPress
 from bitatlas.solvers.level_switch import LevelSwitch
 from bitatlas.solvers.nsga2_search import Nsga2Search, ranked
 from bitatlas.solvers.path import PathDescent
 from bitatlas.solvers.ramp import Ramp
+from bitatlas.solvers.random_best import random_choice
 from bitatlas.solvers.random_search import RandomSearch
 from bitatlas.solvers.rco import Manifold, Rco
 from bitatlas.solvers.refine import Refine
 from bitatlas.solvers.searcher import solve_costs
 from tests.conformance.problems import random_problem
-from tests.conformance.searcher import Pretended, SearcherConformance, search_problem, sensitivity_features
+from tests.conformance.searcher import (
+    Pretended,
+    SearcherConformance,
+    search_problem,
+    sensitivity_features,
+    with_groups,
+)
 
 
 class TestEvoPress(SearcherConformance):
@@ -225,6 +232,52 @@ def test_switches_stay_within_any_problem(seed: int):
             assert c.payload(choice) == switch.payload(level) <= problem.limit_bytes
             assert (switch.level(choice) == level).all()
             level = switch.mutate(level, rng)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_moves_keep_to_the_limits_of_groups_and_use_them(seed: int):
+    problem = with_groups(search_problem(30, seed), {(0, 7): 2.4, (8, 19): 2.9})
+    c, rng = problem.classes, np.random.default_rng(seed)
+    for groups in ("size", "none"):
+        switch, seen = LevelSwitch(problem, groups), set()
+        level = switch.random(rng)
+        for _ in range(20):
+            choice = switch.formats(level)
+            assert certify(problem, choice).feasible
+            more = switch.step_bytes(level, 1)
+            room = problem.limit_bytes - switch.payload(level)
+            left = [s.limit - s.cost[np.arange(30), choice].sum() for s in problem.side]
+            least = [min(room, left[0])] * 8 + [min(room, left[1])] * 12 + [room] * 10
+            assert not ((more > 0) & (more <= least)).any()  # nothing more fits
+            seen.add(level.tobytes())
+            level = switch.mutate(level, rng)
+        assert len(seen) > 10
+    drawn = [random_choice(problem, rng) for _ in range(20)]
+    assert all(certify(problem, d).feasible for d in drawn)
+    assert len({d.tobytes() for d in drawn}) == 20
+    assert min(c.payload(d) for d in drawn) > 0.95 * problem.limit_bytes
+
+
+def test_the_best_for_costs_is_exact_where_groups_are_free_and_near_it_where_they_bind():
+    for seed in range(20):
+        free, cost = search_problem(16, seed), np.random.default_rng(seed).random((16, 4))
+        loose = with_groups(free, {(0, 7): 8.0})
+        assert solve_costs(loose, cost).tolist() == solve_costs(free, cost).tolist()
+        bound = with_groups(free, {(0, 7): 2.5, (8, 11): 3.0})
+        found = solve_costs(bound, cost)
+        assert certify(bound, found).feasible
+        best = get_solver("ilp").solve(replace(bound, damage=cost)).choice
+        rows = np.arange(16)
+        step = np.ptp(cost, axis=1).max()
+        assert cost[rows, best].sum() - 1e-9 <= cost[rows, found].sum() <= cost[rows, best].sum() + 3 * step
+
+
+def test_equal_sizes_on_a_ladder_are_stepped_over():
+    size = np.tile([10, 10, 20, 20], (4, 1))
+    switch = LevelSwitch(Problem.of(np.ones(size.shape), size, 60), "none")
+    level, rng = np.full(4, 3), np.random.default_rng(0)
+    switch.lower(level, rng)
+    assert switch.payload(level) <= 60
 
 
 def test_the_schedule_of_evopress_costs_what_it_says():

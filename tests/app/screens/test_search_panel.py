@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bitatlas.analysis.schema import UserError
@@ -58,6 +60,19 @@ def test_a_search_is_begun_for_the_question_of_fit(filled, monkeypatch):
     assert "--solver evopress" in line
     assert "--generations 3" in line
     assert "--pin" in line
+
+
+def test_the_limits_on_groups_of_fit_go_with_it(filled, monkeypatch):
+    begun: list[dict] = []
+    monkeypatch.setattr(tasks, "submit_search", lambda model, **options: begun.append(options) or "job1")
+    limited = replace(ASKED, groups="role", group_limits=("down=3", "*=5"))
+    at = open_page("allocators", study=filled[0], ask=encode_question(limited))
+    assert any("keeps to down=3, *=5" in c.value for c in at.caption)
+    line = next(c.value for c in at.code if "bitatlas search" in c.value)
+    assert "--expert-groups role --group-limit down=3 --group-limit '*=5'" in line
+    at.button(key="start_search").click().run()
+    assert begun[0]["experts"] == limited.rules
+    assert begun[0]["experts"].limits == ("down=3", "*=5")
 
 
 def test_what_a_search_cannot_take_is_told_on_the_page(filled, monkeypatch):
