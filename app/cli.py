@@ -29,6 +29,7 @@ from bitatlas.app.cli_options import (
     GroupLimits,
     Json,
     KvBits,
+    KvMetric,
     KvPlan,
     Model,
     Pins,
@@ -88,9 +89,7 @@ def solve(
         bool,
         typer.Option("--kv", help="With --fit: K and V of each layer share the budget with the weights."),
     ] = False,
-    kv_metric: Annotated[
-        str, typer.Option(help="With --kv: kv_output, kv_fisher or kv_flip; the first that is measured.")
-    ] = "",
+    kv_metric: KvMetric = "",
     reserve: Reserve = "256MiB",
     formats: SolveFormats = None,
     pin: Pins = None,
@@ -138,9 +137,14 @@ def solve(
 def frontier(
     model: Model, metric: Damage = "", solver: Solver = "hull", formats: SolveFormats = None,
     pin: Pins = None, target: Target = None, points: Points = 64, expert_groups: ExpertGrouping = "", group_limit: GroupLimits = None,
-    rare_floor: RareFloor = "", rare_below: RareBelow = 1, expert_ties: ExpertTies = "free", json_output: Json = False,
+    rare_floor: RareFloor = "", rare_below: RareBelow = 1, expert_ties: ExpertTies = "free",
+    kv: Annotated[bool, typer.Option("--kv", help="Of weights and K/V of each layer together, at --context and --batch.")] = False,
+    kv_metric: KvMetric = "",
+    context: Annotated[int, typer.Option(help="With --kv: tokens that the cache holds.")] = 0,
+    batch: Annotated[int, typer.Option(help="With --kv: sequences at once.")] = 1,
+    json_output: Json = False,
 ) -> None:  # fmt: skip
-    """The whole front: the best predicted damage at every size, and what a token then reads."""
+    """The whole front: the best predicted damage at every size, and what a token then reads; with --kv also how to share memory with the cache."""
     from bitatlas.app import tasks
     from bitatlas.app.expert_rules import ExpertRules
 
@@ -154,8 +158,12 @@ def frontier(
         target=target,
         points=points,
         experts=rules,
+        kv=kv,
+        kv_metric=kv_metric,
+        context=context,
+        batch=batch,
     )
-    emit(tasks.describe_frontier(result, model), json_output, "table")
+    emit(tasks.describe_frontier(result, model, target), json_output, "table")
 
 
 @app.command()

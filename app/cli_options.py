@@ -24,6 +24,7 @@ __all__ = [
     "GroupLimits",
     "Json",
     "KvBits",
+    "KvMetric",
     "KvPlan",
     "Metric",
     "Model",
@@ -83,6 +84,9 @@ Context = Annotated[int, typer.Option(help="With --fit: context length in tokens
 Batch = Annotated[int, typer.Option(help="With --fit: sequences at once, at least 1.")]
 KvBits = Annotated[float, typer.Option(help="With --fit: K and V of every layer at 16, 8, 4 or 2 bits.")]
 KvPlan = Annotated[str, typer.Option(help="With --fit: bits of K/V by layer: 8/4, or 0-5=8/8;6-29=8/4.")]
+KvMetric = Annotated[
+    str, typer.Option(help="With --kv: kv_output, kv_fisher or kv_flip; the first that is measured.")
+]
 Reserve = Annotated[str, typer.Option(help="With --fit: activations and workspace.")]
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="REGEX=FORMAT, repeatable; later rules win.")]
 Target = Annotated[

@@ -25,13 +25,14 @@ _NOT_ASKED = ("limit_bytes", "kept_bytes", "interaction")
 
 def kept_front(
     store: Store, model: str, run: str, problem: Problem, solver: Solver, *, points: int, time_limit_s: float = 60.0,
-    prepare: Callable[[Problem], Problem] | None = None,
+    prepare: Callable[[Problem], Problem] | None = None, complete: Callable[[Frontier], Frontier] | None = None,
 ) -> Frontier:  # fmt: skip
     """The stored front of this question; solved and stored where there is none.
 
     Args:
         model: digest. run: of the damages, "" without.
         prepare: completes the problem for solving, where that is dear (`tasks.interaction.with_probes`).
+        complete: adds to a front what only the asker knows, before it is stored.
 
     Raises:
         UserError: from the solver.
@@ -43,6 +44,7 @@ def kept_front(
     made = frontier(
         prepare(problem) if prepare else problem, solver, points=points, time_limit_s=time_limit_s
     )
+    made = complete(made) if complete else made
     # Busy, full or read-only: the answer is right all the same, and the next one to ask stores it.
     with suppress(UserError):
         store.put_frontier(model, made, run, key)

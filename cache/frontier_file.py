@@ -26,6 +26,8 @@ def encode_frontier(frontier: Frontier) -> bytes:
             int(frontier.tokens),
         ],
     }
+    # Of fronts of weights and KV cache only.
+    cache = {"kv_bytes": np.asarray(frontier.kv_bytes, np.int64)} if len(frontier.kv_bytes) else {}
     out = io.BytesIO()
     np.savez_compressed(
         out,
@@ -34,6 +36,7 @@ def encode_frontier(frontier: Frontier) -> bytes:
         predicted=np.asarray(frontier.predicted, np.float64),
         choice=np.asarray(frontier.choice, np.uint8),
         supported=np.asarray(frontier.supported, bool),
+        **cache,
     )
     return out.getvalue()
 
@@ -52,6 +55,7 @@ def decode_frontier(data: bytes) -> Frontier:
                 tuple(head["units"]), tuple(head["formats"]), z["payload_bytes"], z["predicted"], z["choice"],
                 head["metric"], head["solver"], z["supported"] if "supported" in z.files else np.zeros(0, bool),
                 float("nan") if seconds is None else float(seconds), int(evaluations), int(tokens),
+                z["kv_bytes"] if "kv_bytes" in z.files else np.zeros(0, np.int64),
             )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError("this is not a frontier file", found=str(e)) from None

@@ -124,7 +124,10 @@ def join_kv(
         kept_bytes=weights.kept_bytes,
         imputed=np.append(weights.imputed, np.zeros(m, bool)),
         metric=weights.metric,
-        side=[SideBudget(s.name, np.pad(s.cost, ((0, m), (0, p))), s.limit) for s in weights.side],
+        side=[
+            SideBudget(s.name, np.pad(s.cost, ((0, m), (0, p))), s.limit, s.option, s.unit)
+            for s in weights.side
+        ],
         interaction=interaction,
         interaction_scale=weights.interaction_scale,
         shrinkage=weights.shrinkage,

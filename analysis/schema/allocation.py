@@ -195,6 +195,8 @@ class Frontier:
         metric, solver: how it was made.
         seconds, evaluations, tokens: what it cost; tokens are forward-equivalents of the real model (a backward pass counts
             two). NaN and 0 where nothing was written down.
+        kv_bytes: (P,) int64, what the KV cache takes of ``payload_bytes`` in a front of weights and cache together, whose units end
+            with ``kv.L`` and whose formats end with pairs; empty where it is of weights alone.
     """
 
     units: tuple[str, ...]
@@ -208,6 +210,7 @@ class Frontier:
     seconds: float = float("nan")
     evaluations: int = 0
     tokens: int = 0
+    kv_bytes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def at(self, limit_bytes: int) -> int:
         """Index of the best point within ``limit_bytes``, -1 when even the cheapest is too large."""

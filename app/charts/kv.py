@@ -8,9 +8,9 @@ from plotly.subplots import make_subplots
 
 from bitatlas.app.sizes import format_bytes
 from bitatlas.app.theme import Palette, dress, fixed_margin
-from bitatlas.app.views.kv import KvMap, Split
+from bitatlas.app.views.kv import JointFront, KvMap, Split
 
-__all__ = ["map_chart", "split_chart"]
+__all__ = ["joint_chart", "map_chart", "split_chart"]
 
 _MIB = 1 << 20
 
@@ -70,4 +70,26 @@ def split_chart(view: Split, p: Palette) -> go.Figure:
         xaxis={"title": "KV cache (MiB); the weights take the rest", "range": [0, float(max(x[-1], x[view.best])) * 1.05]},
         yaxis={"title": "predicted damage (nats/token)", "type": "log"},
     )  # fmt: skip
+    return dress(figure, p)
+
+
+def joint_chart(view: JointFront, p: Palette) -> go.Figure:
+    """Above: predicted damage of both over the memory. Below: the bytes of weights and cache that it is made of."""
+    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.55, 0.45])
+    x, cache = view.total_bytes / _MIB, view.kv_bytes / _MIB
+    share = view.kv_bytes / view.total_bytes
+    figure.add_scatter(x=x, y=view.damage, customdata=share, mode="lines+markers", name="both", showlegend=False,
+                       line={"color": p.accent, "width": 2.5}, marker={"size": 4, "color": p.accent},
+                       hovertemplate="%{x:.1f} MiB, %{customdata:.0%} of it cache<br>%{y:.4g} nats/token<extra></extra>", row=1, col=1)  # fmt: skip
+    if view.at >= 0:
+        figure.add_scatter(x=[x[view.at]], y=[view.damage[view.at]], mode="markers+text", text=["this memory"], textposition="top right",
+                           marker={"size": 13, "color": p.accent, "line": {"color": p.paper, "width": 2}}, showlegend=False,
+                           hoverinfo="skip", row=1, col=1)  # fmt: skip
+    for name, y, colour in (("weights", x - cache, p.muted), ("KV cache", cache, "#c77d3a")):
+        figure.add_scatter(x=x, y=y, mode="lines", stackgroup="bytes", name=name, line={"color": colour, "width": 1},
+                           hovertemplate=f"{name} %{{y:.1f}} MiB<extra></extra>", row=2, col=1)  # fmt: skip
+    figure.update_layout(height=440, dragmode=False, margin=fixed_margin())
+    figure.update_yaxes(title_text="predicted damage", type="log", row=1, col=1)
+    figure.update_yaxes(title_text="MiB", row=2, col=1)
+    figure.update_xaxes(title_text="weights and KV cache (MiB)", row=2, col=1)
     return dress(figure, p)

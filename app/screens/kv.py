@@ -7,7 +7,8 @@ import streamlit as st
 
 from bitatlas.analysis.schema import KL_DAMAGES, KV_DAMAGES, KvTable, UserError
 from bitatlas.app.charts import kv as charts
-from bitatlas.app.studies import Study
+from bitatlas.app.studies import Study, open_store
+from bitatlas.app.tasks.joint import joint_front
 from bitatlas.app.views import fit_controls
 from bitatlas.app.views import kv as views
 from bitatlas.app.widgets import fit_cache
@@ -17,6 +18,7 @@ from bitatlas.app.widgets.frame import title
 from bitatlas.app.widgets.kept import kept
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.twin import cli_twin, command, downloads
+from bitatlas.solvers import get_solver
 
 __all__ = ["page"]
 
@@ -85,3 +87,25 @@ def _split(study: Study, table: KvTable) -> None:
     )
     cli_twin(command("solve", study.index.path, metric=metric, fit=total, context=int(context), batch=int(batch), kv=True,
                      kv_metric=table.metric, reserve=1, formats=",".join(formats), output="allocation.json"))  # fmt: skip
+    _every_memory(study, table, metric, formats, int(context), int(batch), total)
+
+
+def _every_memory(
+    study: Study, table: KvTable, metric: str, formats: tuple[str, ...], context: int, batch: int, memory: int
+) -> None:
+    """The front of weights and cache together: stored, and the command line's own."""
+    problem, _ = fit_cache.front(study, metric, formats, {})
+    asked = (metric, formats, table.metric, table.run, context, batch)
+    found = kept(study, "joint_front", *asked, make=lambda: joint_front(
+        open_store(), study.index, problem, table, get_solver("hull"), run=study.tables[metric].run, context=context, batch=batch
+    ))  # fmt: skip
+    view = views.build_joint_front(found, study.index.kept_bytes, memory)
+    st.markdown("#### Every memory")
+    st.markdown(f"**{view.title}.** {view.detail}")
+    st.plotly_chart(charts.joint_chart(view, current_palette()), key="kv_front", theme=None,
+                    config={"displayModeBar": False}, alt=view.title)  # fmt: skip
+    downloads(
+        f"{study.index.name}-{metric}-{table.metric}-front", lambda: pd.DataFrame(view.columns()), view.columns, "kv_front"
+    )  # fmt: skip
+    cli_twin(command("frontier", study.index.path, metric=metric, formats=",".join(formats), kv=True, kv_metric=table.metric,
+                     context=context, batch=batch))  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bitatlas.analysis.schema import Allocation, Frontier
+from bitatlas.analysis.schema import Allocation, Frontier, ModelIndex
 from bitatlas.app.side_budgets import active_bytes as bytes_read
 from bitatlas.app.tasks.models import register
 from bitatlas.cache.paths import Home
@@ -68,13 +68,38 @@ def _in_engine(allocation: Allocation) -> dict[str, Any]:
     return {"target": name, "engine_bytes": total, "engine_bits": bits}
 
 
-def describe_frontier(front: Frontier, model: str | Path) -> list[dict[str, Any]]:
-    """One row per point of a front: bytes, bytes read per token, effective bits, predicted damage, units per format."""
+def describe_frontier(front: Frontier, model: str | Path, target: str | None = None) -> list[dict[str, Any]]:
+    """One row per point of a front: bytes, bytes read per token, effective bits, predicted damage, units per format.
+
+    Of weights and KV cache together also the bytes of all weights (kept tensors included, by ``target``'s container if one is
+    named) and the cache, the cache's own and its share, and layers per pair.
+    """
     index = register(model)
-    params, read = index.params, bytes_read(index, front.formats)
-    units, rows = np.arange(len(index.units)), []
-    for p, (size, damage) in enumerate(zip(front.payload_bytes, front.predicted)):
-        counts = np.bincount(front.choice[p], minlength=len(front.formats))
-        rows.append({"payload_bytes": int(size), "active_bytes": int(read[units, front.choice[p]].sum()), "bits_per_weight": float(size) * 8 / params, "predicted": float(damage),
-                     "units": " ".join(f"{n}x{f}" for f, n in zip(front.formats, counts) if n)})  # fmt: skip
+    n, joint = len(index.units), len(front.kv_bytes) > 0
+    formats = tuple(f for f in front.formats if not (joint and f.startswith("kv")))  # the weights' come first
+    params, read = index.params, bytes_read(index, formats)
+    units, rows = np.arange(n), []
+    kept = _kept_bytes(index, target) if joint else 0
+    for p, (size, damage) in enumerate(zip(front.payload_bytes.tolist(), front.predicted.tolist())):
+        choice, cache = front.choice[p, :n], int(front.kv_bytes[p]) if joint else 0
+        row = {"payload_bytes": size - cache, "active_bytes": int(read[units, choice].sum()), "bits_per_weight": (size - cache) * 8 / params, "predicted": damage,
+               "units": _counted(choice, front.formats)}  # fmt: skip
+        if joint:
+            both = size + kept
+            row = {"total_bytes": both, "kv_bytes": cache, "kv_share": cache / both, **row, "kv": _counted(front.choice[p, n:], front.formats)}  # fmt: skip
+        rows.append(row)
     return rows
+
+
+def _counted(choice: np.ndarray, formats: tuple[str, ...]) -> str:
+    """``12xint4-g64 3xint8-g64``."""
+    return " ".join(f"{n}x{f}" for f, n in zip(formats, np.bincount(choice, minlength=len(formats))) if n)
+
+
+def _kept_bytes(index: ModelIndex, target: str | None) -> int:
+    """What a file keeps beside the units."""
+    if target is None:
+        return index.kept_bytes
+    from bitatlas.app.targets import get_target
+
+    return max(index.kept_bytes, get_target(target).kept_bytes(index))

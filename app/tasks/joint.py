@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from bitatlas.analysis.schema import (
     KV_DAMAGES,
     Allocation,
     Budget,
+    Frontier,
     KvTable,
     ModelIndex,
     Provenance,
     UserError,
 )
+from bitatlas.app.fronts import kept_front
 from bitatlas.app.sizes import format_bytes
 from bitatlas.app.studies import kv_table
 from bitatlas.cache.store import Store
-from bitatlas.solvers import Problem, get_solver, to_allocation
-from bitatlas.solvers.joint import join_kv
+from bitatlas.solvers import Problem, Solver, get_solver, to_allocation
+from bitatlas.solvers.joint import JointProblem, join_kv
 
-__all__ = ["find_kv_table", "solve_joint"]
+__all__ = ["find_kv_table", "joint_front", "solve_joint"]
 
 
 def find_kv_table(store: Store, index: ModelIndex, metric: str = "") -> KvTable:
@@ -67,13 +71,8 @@ def solve_joint(
     Raises:
         UserError: no context, an unknown geometry, or an impossible budget.
     """
-    if index.kv is None or context < 1:
-        raise UserError("a joint budget needs to know how large the KV cache is",
-                        found="config.json gives no heads and head size" if index.kv is None else "no context length",
-                        fix="use --bytes" if index.kv is None else "--context 8192")  # fmt: skip
     limit = total_bytes - reserve_bytes - weights.kept_bytes
-    joint = join_kv(weights, index.kv, cache.formats(), cache.damage, context=context, batch=batch,
-                    layout=cache.layout, limit_bytes=limit)  # fmt: skip
+    joint = _joined(index, weights, cache, context, batch, limit)
     smallest = joint.problem.min_bytes
     if smallest > limit:
         raise UserError(
@@ -98,3 +97,62 @@ def solve_joint(
         kv_block=cache.layout.block,
         kv_residual=cache.layout.residual,
     )
+
+
+def joint_front(
+    store: Store,
+    index: ModelIndex,
+    weights: Problem,
+    cache: KvTable,
+    solver: Solver,
+    *,
+    run: str,
+    context: int,
+    batch: int,
+    points: int = 64,
+    prepare: Callable[[Problem], Problem] | None = None,
+) -> Frontier:
+    """The front of weights and K/V pairs together: least damage of both over the bytes of both, and how they share them.
+
+    The same question is answered from the store.
+
+    Args:
+        weights, cache, context, batch: as in `solve_joint`. run: of the weights' damage.
+        prepare: completes the weights' problem for solving, where that is dear.
+
+    Returns:
+        A front over the weights' units and ``kv.L`` with ``kv_bytes``; kept tensors are in neither number.
+
+    Raises:
+        UserError: no context, an unknown geometry; or from the solver.
+    """
+    joint = _joined(index, weights, cache, context, batch)
+    metric = f"{weights.metric}+{cache.metric}"
+
+    def posed(_: Problem) -> Problem:
+        ready = _joined(index, prepare(weights), cache, context, batch) if prepare else joint
+        return replace(ready.problem, metric=metric)
+
+    def shared(front: Frontier) -> Frontier:
+        taken = [joint.spent(choice.astype(np.int64))[1] for choice in front.choice]
+        return replace(front, kv_bytes=np.array(taken, np.int64))
+
+    return kept_front(
+        store, index.digest, run, replace(joint.problem, metric=metric), solver, points=points, prepare=posed, complete=shared
+    )  # fmt: skip
+
+
+def _joined(
+    index: ModelIndex, weights: Problem, cache: KvTable, context: int, batch: int, limit_bytes: int = 0
+) -> JointProblem:
+    """Weights and pairs as one problem.
+
+    Raises:
+        UserError: no context, or an unknown geometry.
+    """
+    if index.kv is None or context < 1:
+        raise UserError("a joint budget needs to know how large the KV cache is",
+                        found="config.json gives no heads and head size" if index.kv is None else "no context length",
+                        fix="use --bytes" if index.kv is None else "--context 8192")  # fmt: skip
+    return join_kv(weights, index.kv, cache.formats(), cache.damage, context=context, batch=batch,
+                   layout=cache.layout, limit_bytes=limit_bytes)  # fmt: skip

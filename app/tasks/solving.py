@@ -34,7 +34,7 @@ from bitatlas.app.side_budgets import SideLimits
 from bitatlas.app.sizes import parse_bytes
 from bitatlas.app.tasks.formats_to_solve import formats_to_solve
 from bitatlas.app.tasks.interaction import with_probes
-from bitatlas.app.tasks.joint import find_kv_table, solve_joint
+from bitatlas.app.tasks.joint import find_kv_table, joint_front, solve_joint
 from bitatlas.app.tasks.models import register
 from bitatlas.cache.paths import Home, write_output
 from bitatlas.cache.store import Store
@@ -339,14 +339,28 @@ def frontier(
     target: str | None = None,
     points: int = 64,
     experts: ExpertRules | None = None,
+    kv: bool = False,
+    kv_metric: str = "",
+    context: int = 0,
+    batch: int = 1,
 ) -> Frontier:
     """The best predicted damage at every size, cheapest first, under the rules for experts; at most ``points`` of them; stored, and the
     same question is answered from the store.
 
+    ``kv``: of weights and K/V pairs together, the cache holding ``context`` tokens of ``batch`` sequences (`joint_front`).
+
     Raises:
-        UserError: fewer than two points (a front has two ends), not measured, a pin that matches nothing.
+        UserError: fewer than two points (a front has two ends), not measured, a pin that matches nothing, a cache of unknown size.
     """
     at_least("number of points", points, 2)
+    at_least("context", context, 0)
+    at_least("batch", batch, 1)
+    if not kv and (context or batch != 1 or kv_metric):
+        raise UserError(
+            "a front of weights alone has no KV cache",
+            found="a context, a batch or a KV metric",
+            fix="--kv as well",
+        )
     algorithm, rules = get_solver(solver), experts or ExpertRules()
     store, index, metric, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm
@@ -357,9 +371,14 @@ def frontier(
     problem = posed(algorithm, index, table, names, ceiling, pinned, limits, expert_ties(index, rules.ties))
     if rules:
         problem = under_rules(problem, index, expert_evidence(store, index, table), rules, metric)
+    run = table.run if table else ""
+    if kv:
+        return joint_front(
+            store, index, problem, find_kv_table(store, index, kv_metric), algorithm, run=run, context=context, batch=batch,
+            points=points, prepare=lambda p: with_probes(p, table, algorithm),
+        )  # fmt: skip
     return kept_front(
-        store, index.digest, table.run if table else "", problem, algorithm, points=points,
-        prepare=lambda p: with_probes(p, table, algorithm),
+        store, index.digest, run, problem, algorithm, points=points, prepare=lambda p: with_probes(p, table, algorithm)
     )  # fmt: skip
 
 

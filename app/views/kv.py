@@ -7,13 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from bitatlas.analysis.schema import KvGeometry, KvTable, UserError, parse_kv_format
+from bitatlas.analysis.schema import Frontier, KvGeometry, KvTable, UserError, parse_kv_format
 from bitatlas.app.kv_plan import encode_kv, pair_bits
 from bitatlas.app.sizes import format_bytes
 from bitatlas.solvers import FrontCache
 from bitatlas.solvers.joint import kv_problem
 
-__all__ = ["KvMap", "Panel", "Split", "best_bits", "build_map", "build_split"]
+__all__ = [
+    "JointFront",
+    "KvMap",
+    "Panel",
+    "Split",
+    "best_bits",
+    "build_joint_front",
+    "build_map",
+    "build_split",
+]
 
 _POINTS = 96
 _PARTS = {"k": "K", "v": "V", "scores": "Scores"}
@@ -92,6 +101,45 @@ class Split:
     def total(self) -> np.ndarray:
         """(N,) damage of both."""
         return self.weights + self.cache
+
+
+@dataclass(frozen=True, slots=True)
+class JointFront:
+    """Every memory with its best split, smallest first.
+
+    Attributes:
+        title, detail: the answer.
+        total_bytes: (P,) all weights, kept tensors included, and the cache; kv_bytes: (P,) the cache alone.
+        damage: (P,) predicted, of both. at: index of the point for the memory in hand, -1 = it is too small.
+    """
+
+    title: str
+    detail: str
+    total_bytes: np.ndarray
+    kv_bytes: np.ndarray
+    damage: np.ndarray
+    at: int
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The front as a table."""
+        share = self.kv_bytes / self.total_bytes
+        return {"total_bytes": self.total_bytes.tolist(), "kv_bytes": self.kv_bytes.tolist(), "kv_share": share.tolist(),
+                "damage": self.damage.tolist()}  # fmt: skip
+
+
+def build_joint_front(front: Frontier, kept_bytes: int, memory: int) -> JointFront:
+    """The front of weights and cache together (`tasks.joint.joint_front`), seen from ``memory`` bytes in all."""
+    total = front.payload_bytes + kept_bytes
+    share, at = front.kv_bytes / total, front.at(memory - kept_bytes)
+    low, high = int(np.argmin(share)), int(np.argmax(share))
+    title = f"The KV cache should get {share[low]:.0%} to {share[high]:.0%} of the memory"
+    detail = f"The least at {format_bytes(int(total[low]))}, the most at {format_bytes(int(total[high]))}"
+    detail += (
+        f"; {format_bytes(memory)} is too small."
+        if at < 0
+        else f"; {share[at]:.0%} at {format_bytes(memory)}."
+    )
+    return JointFront(title, detail, total, front.kv_bytes, np.maximum(front.predicted, 0.0), at)
 
 
 def build_map(table: KvTable) -> KvMap:

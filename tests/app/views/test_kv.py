@@ -7,10 +7,19 @@ import json
 import numpy as np
 import pytest
 
-from bitatlas.analysis.schema import DamageRow, KvGeometry, KvLayout, KvTable, UserError, kv_unit, null_nan
+from bitatlas.analysis.schema import (
+    DamageRow,
+    Frontier,
+    KvGeometry,
+    KvLayout,
+    KvTable,
+    UserError,
+    kv_unit,
+    null_nan,
+)
 from bitatlas.app.charts import kv as charts
 from bitatlas.app.theme import LIGHT
-from bitatlas.app.views.kv import build_map, build_split
+from bitatlas.app.views.kv import build_joint_front, build_map, build_split
 from bitatlas.solvers import FrontCache, Problem
 
 GEOMETRY = KvGeometry((2, 0, 2, 2), 16, (0, 0, 0, 0))
@@ -119,3 +128,34 @@ def test_too_little_memory_is_said(table):
         build_split(FrontCache.of(weights()), table, GEOMETRY, memory=4_000, context=512, batch=1)
     with pytest.raises(UserError, match="context"):
         build_split(FrontCache.of(weights()), table, GEOMETRY, memory=4_000, context=0, batch=1)
+
+
+def test_the_front_of_every_memory():
+    payload, cache = np.array([100, 200, 400, 900]), np.array([20, 30, 200, 100])
+    front = Frontier(
+        ("w", "kv.0"),
+        ("int4", "kv8/kv8"),
+        payload,
+        np.array([4.0, 2.0, 1.0, 0.0]),
+        np.zeros((4, 2), np.uint8),
+        kv_bytes=cache,
+    )
+    view = build_joint_front(front, 100, 550)
+    assert view.total_bytes.tolist() == [200, 300, 500, 1000]
+    assert view.at == 2
+    assert view.title == "The KV cache should get 10% to 40% of the memory"
+    assert "40% at 550" in view.detail
+    assert build_joint_front(front, 100, 150).at == -1
+    assert "150 B is too small" in build_joint_front(front, 100, 150).detail
+    columns = view.columns()
+    assert columns["kv_share"] == [0.1, 0.1, 0.4, 0.1]
+    assert json.loads(json.dumps(columns)) == columns
+    figure = charts.joint_chart(view, LIGHT)
+    weights, kept_cache = (next(t for t in figure.data if t.name == name) for name in ("weights", "KV cache"))
+    stacked = (np.array(weights.y) + np.array(kept_cache.y)) * (1 << 20)
+    np.testing.assert_allclose(stacked, view.total_bytes)
+    mark = next(t for t in figure.data if t.mode == "markers+text")
+    assert mark.y[0] == 1.0
+    assert not any(
+        t.mode == "markers+text" for t in charts.joint_chart(build_joint_front(front, 100, 1), LIGHT).data
+    )
