@@ -18,7 +18,7 @@ from bitatlas.app.views.compare import Stability
 from bitatlas.app.views.words import count
 from bitatlas.cache.store import Store
 from bitatlas.solvers import SOLVERS, Problem, get_solver
-from bitatlas.solvers.robust import error_factors, share_chosen
+from bitatlas.solvers.stability import error_factors, share_chosen
 
 __all__ = ["solved_again", "stability"]
 
