@@ -26,8 +26,6 @@ def encode_frontier(frontier: Frontier) -> bytes:
             int(frontier.tokens),
         ],
     }
-    # Of fronts of weights and KV cache only.
-    cache = {"kv_bytes": np.asarray(frontier.kv_bytes, np.int64)} if len(frontier.kv_bytes) else {}
     out = io.BytesIO()
     np.savez_compressed(
         out,
@@ -36,7 +34,7 @@ def encode_frontier(frontier: Frontier) -> bytes:
         predicted=np.asarray(frontier.predicted, np.float64),
         choice=np.asarray(frontier.choice, np.uint8),
         supported=np.asarray(frontier.supported, bool),
-        **cache,
+        kv_bytes=np.asarray(frontier.kv_bytes, np.int64),
     )
     return out.getvalue()
 
