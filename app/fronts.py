@@ -19,8 +19,8 @@ from bitatlas.solvers import Problem, Solver, frontier
 
 __all__ = ["front_key", "kept_front"]
 
-_NOT_ASKED = ("limit_bytes", "kept_bytes", "interaction")
-"""Fields of a problem that a front does not depend on; of the interaction, the run stands for it."""
+_NOT_ASKED = ("limit_bytes", "kept_bytes", "interaction", "engine", "engine_pins", "more_formats")
+"""Fields of a problem that a front does not depend on: the last three are for messages; of the interaction, the run stands for it."""
 
 
 def kept_front(

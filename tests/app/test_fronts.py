@@ -10,6 +10,9 @@ import pytest
 from bitatlas.analysis.schema import TieGroup, UserError, parse_format
 from bitatlas.app import fronts
 from bitatlas.app.fronts import front_key, kept_front
+from bitatlas.app.targets import get_target
+from bitatlas.app.targets.limits import limits_of
+from bitatlas.app.tasks.solving import build_problem
 from bitatlas.cache.paths import Home
 from bitatlas.cache.store import Store, rebuild
 from bitatlas.solvers import Problem, SideBudget, get_solver
@@ -45,6 +48,22 @@ def test_every_part_of_the_question_is_in_the_key(problem):
     ]  # fmt: skip
     assert len({base, *others}) == len(others) + 1
     assert _key(problem, "hull", time=1.0) == _key(problem, "hull", time=2.0)  # has its whole front at once
+
+
+def test_the_same_engine_asked_again_is_the_same_question(fakes):
+    index = fakes.dense_index(3, "fronts-3")
+    table = fakes.damage_table(index)
+
+    def under(target: str) -> Problem:
+        limits = limits_of(get_target(target), index, table.formats)
+        return build_problem(index, table.select(limits.formats), limits.formats, 1 << 40, {}, limits)
+
+    key = _key(under("mlx"))
+    assert _key(under("mlx")) == key
+    assert _key(under("gptqmodel")) != key
+    # Another process may go through a set in another order.
+    pinned = under("mlx")
+    assert _key(replace(pinned, engine_pins=frozenset(pinned.units))) == key
 
 
 def test_settings_of_the_solver_are_in_the_key(problem):
