@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from bitatlas.analysis.schema import null_nan
 from bitatlas.app.sizes import format_bytes
+from bitatlas.app.views.words import duration
 
 __all__ = ["emit", "progress_printer", "say_estimate", "spoken_lines"]
 
@@ -241,7 +242,7 @@ def say_estimate(total: dict[str, Any]) -> None:
     tokens = total["forward_tokens"] + total["backward_tokens"]
     through = f", {tokens:,} tokens through the model" if tokens else ""
     print(
-        f"estimate: about {_seconds(total['seconds'])}, {total['steps']} steps{through}; what is measured already costs nothing",
+        f"estimate: about {duration(total['seconds'])}, {total['steps']} steps{through}; what is measured already costs nothing",
         file=sys.stderr,
         flush=True,
     )
@@ -255,7 +256,7 @@ def progress_printer(quiet: bool) -> Callable[[Any], None]:
         if quiet:
             return
         low, high = status.eta_s if status.eta_s else (None, None)
-        eta = "" if low is None or high is None else f", about {_seconds(low)} to {_seconds(high)} left"
+        eta = "" if low is None or high is None else f", about {duration(low)} to {duration(high)} left"
         line = f"{status.title}: {status.state}, {status.done}/{status.total} {status.phase}{eta}"
         if line == last[0]:
             return
@@ -271,7 +272,3 @@ def progress_printer(quiet: bool) -> Callable[[Any], None]:
             print(line, file=sys.stderr, flush=True)
 
     return show
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min"

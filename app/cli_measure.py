@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -48,21 +48,11 @@ def measure(
     """Measure how much each unit is hurt by fewer bits. A durable job: resumes after anything."""
     from bitatlas.app import tasks
 
-    asked: dict[str, Any] = {
-        "formats": formats, "calibration": calibration, "tokens": tokens, "seq_len": seq_len, "seed": seed,
-        "settings": tasks.parse_settings(set_ or []), "text_mode": text_mode,
-    }  # fmt: skip
-    if not json_output:
-        say_estimate(tasks.estimate_total(tasks.estimate(model, metric, **asked)))
     result = tasks.measure(
-        model,
-        metric,
-        **asked,
-        device=device,
-        dtype=dtype,
-        wait=wait,
-        on_progress=progress_printer(json_output),
-    )
+        model, metric, formats=formats, calibration=calibration, tokens=tokens, seq_len=seq_len, seed=seed,
+        settings=tasks.parse_settings(set_ or []), text_mode=text_mode, device=device, dtype=dtype, wait=wait,
+        on_progress=progress_printer(json_output), on_estimate=None if json_output else say_estimate,
+    )  # fmt: skip
     emit(result, json_output, "job")
 
 

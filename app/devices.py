@@ -9,7 +9,7 @@ from bitatlas.analysis.schema import UserError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEVICES", "DTYPES", "check_place", "pick_device", "pick_dtype"]
+__all__ = ["DEVICES", "DTYPES", "check_place", "pick_device", "pick_dtype", "place_params"]
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -20,6 +20,11 @@ def check_place(device: str, dtype: str) -> None:
     for what, word, known in (("device", device, DEVICES), ("dtype", dtype, DTYPES)):
         if word not in known:
             raise UserError(f"there is no {what} {word!r}", fix=f"--{what} {', '.join(known)}")
+
+
+def place_params(device: str, dtype: str, usual: str) -> dict[str, str]:
+    """What a job's request says of device and dtype: nothing of ``auto`` and of the ``usual`` dtype, so that asking for these is the same request."""
+    return {k: v for k, v, u in (("device", device, "auto"), ("dtype", dtype, usual)) if v != u}
 
 
 def pick_device(asked: str, need: int = 0) -> str:

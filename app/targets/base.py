@@ -267,13 +267,11 @@ class Target(ABC):
         )
         return sorted(folder.iterdir())
 
-    def serve_command(self, files: list[Path], allocation: Allocation, index: ModelIndex) -> str:
-        """What starts the engine on what `write_weights` wrote."""
+    def serve_command(self, folder: str, allocation: Allocation, index: ModelIndex) -> str:
+        """What starts the engine on what `write_weights` wrote into ``folder``; "" where it writes nothing."""
         return ""
 
-    def write_text_files(
-        self, index: ModelIndex, text: Path, tokens: int, seq_len: int, out: Path
-    ) -> list[Path]:
+    def write_text_files(self, index: ModelIndex, text: CalibrationSet, out: Path) -> list[Path]:
         """Files that a calibration text becomes, in the folder ``out``; only where `TAKES_TEXT`."""
         return []
 

@@ -14,7 +14,6 @@ import json
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
@@ -181,14 +180,11 @@ class CompressedTensors(Target):
     def command(self, allocation: Allocation, index: ModelIndex) -> str:
         """Quantise, then serve."""
         out = f"{index.name}-compressed"
-        serve = self._serve(out, allocation, index)
+        serve = self.serve_command(out, allocation, index)
         return f"python quantize.py {shlex.quote(index.path)} {shlex.quote(out)}\n{serve}"
 
-    def serve_command(self, files: list[Path], allocation: Allocation, index: ModelIndex) -> str:
+    def serve_command(self, folder: str, allocation: Allocation, index: ModelIndex) -> str:
         """`vllm serve` of the folder."""
-        return self._serve(str(files[0].parent), allocation, index)
-
-    def _serve(self, folder: str, allocation: Allocation, index: ModelIndex) -> str:
         return f"vllm serve {shlex.quote(folder)} {self.kv(allocation, index).flags}".rstrip()
 
 

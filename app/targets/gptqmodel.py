@@ -12,12 +12,15 @@ import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
 from bitatlas.app.targets.base import REJECTED, Finding, Target
 from bitatlas.app.targets.fusion import fused_gate_up, fused_qkv, layer_experts
 from bitatlas.app.targets.names import alternatives, experts_path, stacked_on_disk
+
+if TYPE_CHECKING:
+    from bitatlas.analysis.calibration import CalibrationSet
 
 __all__ = ["GptqModel"]
 
@@ -138,16 +141,11 @@ class GptqModel(Target):
         out = shlex.quote(f"{index.name}-gptq")
         return f"python quantize.py {shlex.quote(index.path)} {_TOKENS} {out}"
 
-    def write_text_files(
-        self, index: ModelIndex, text: Path, tokens: int, seq_len: int, out: Path
-    ) -> list[Path]:
+    def write_text_files(self, index: ModelIndex, text: CalibrationSet, out: Path) -> list[Path]:
         """The sequences that `pack --quantizer gptq` would read, as token ids: a row each."""
-        from bitatlas.analysis.calibration import load_tokenizer, make_calibration
         from bitatlas.cache.paths import atomic_write
 
-        tokenizer = load_tokenizer(index.path)
-        found = make_calibration(tokenizer, text, tokens, seq_len, vocab_size=index.vocab_size)
-        rows = ",\n".join(json.dumps(row) for row in found.tokens.tolist())
+        rows = ",\n".join(json.dumps(row) for row in text.tokens.tolist())
         atomic_write(out / _TOKENS, f"[{rows}]\n".encode(), named=True)
         return [out / _TOKENS]
 

@@ -148,25 +148,20 @@ class LlamaCpp(Target):
         """One GGUF file in the folder, for the types that the gguf package can make."""
         from bitatlas.app.work.gguf_checkpoint import write_gguf
 
-        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in index.name)
-        file = Path(out) / f"{name}-mix.gguf"
+        file = Path(out) / _file_name(index)
         return [write_gguf(index, allocation, file, quantizer=quantizer, calibration=calibration)]
 
-    def serve_command(self, files: list[Path], allocation: Allocation, index: ModelIndex) -> str:
-        """`llama-server` on the file."""
-        return f"llama-server -m {shlex.quote(str(files[0]))} {self.kv(allocation, index).flags}".rstrip()
+    def serve_command(self, folder: str, allocation: Allocation, index: ModelIndex) -> str:
+        """`llama-server` on the file in the folder."""
+        file = shlex.quote(str(Path(folder) / _file_name(index)))
+        return f"llama-server -m {file} {self.kv(allocation, index).flags}".rstrip()
 
-    def write_text_files(
-        self, index: ModelIndex, text: Path, tokens: int, seq_len: int, out: Path
-    ) -> list[Path]:
+    def write_text_files(self, index: ModelIndex, text: CalibrationSet, out: Path) -> list[Path]:
         """``imatrix.gguf``, which run.sh uses when it is there."""
-        from bitatlas.analysis.calibration import load_tokenizer, make_calibration
         from bitatlas.analysis.loaded import LoadedModel
         from bitatlas.app.work.imatrix import write_imatrix
 
-        tokenizer = load_tokenizer(index.path)
-        found = make_calibration(tokenizer, text, tokens, seq_len, vocab_size=index.vocab_size)
-        return [write_imatrix(LoadedModel.open(index), found, out / "imatrix.gguf")]
+        return [write_imatrix(LoadedModel.open(index), text, out / "imatrix.gguf")]
 
     def render(self, allocation: Allocation, index: ModelIndex) -> dict[str, str]:
         """The tensor type file and the commands."""
@@ -196,3 +191,7 @@ class LlamaCpp(Target):
                 else ""
             )
         )
+
+
+def _file_name(index: ModelIndex) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in index.name) + "-mix.gguf"

@@ -11,7 +11,6 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitatlas.analysis.schema import FORMATS, Allocation, Format, ModelIndex, QuantUnit, TieGroup
@@ -127,14 +126,11 @@ class Mlx(Target):
     def command(self, allocation: Allocation, index: ModelIndex) -> str:
         """Convert, then try it."""
         out = f"{index.name}-mlx"
-        generate = self._generate(out, allocation, index)
+        generate = self.serve_command(out, allocation, index)
         return f"python convert.py {shlex.quote(index.path)} {shlex.quote(out)}\n{generate}"
 
-    def serve_command(self, files: list[Path], allocation: Allocation, index: ModelIndex) -> str:
+    def serve_command(self, folder: str, allocation: Allocation, index: ModelIndex) -> str:
         """Generate with the folder; mlx_lm's server has no option for the KV cache."""
-        return self._generate(str(files[0].parent), allocation, index)
-
-    def _generate(self, folder: str, allocation: Allocation, index: ModelIndex) -> str:
         flags = self.kv(allocation, index).flags
         return f"mlx_lm.generate --model {shlex.quote(folder)} --prompt 'Once upon a time' {flags}".rstrip()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from bitatlas.analysis.schema import UserError
+from bitatlas.app.checks import check_new_tokens
 from bitatlas.app.devices import check_place
 from bitatlas.app.talker import Message, Talker, is_packed
 from bitatlas.app.tasks.models import register
@@ -30,8 +30,7 @@ def chat(
     Returns:
         The conversation since the last reset.
     """
-    if not 1 <= max_new_tokens <= 4096:
-        raise UserError("the number of new tokens must be between 1 and 4096", found=str(max_new_tokens))
+    check_new_tokens(max_new_tokens)
     check_place(device, dtype)
     talker = _talker(model, device, dtype)
     first: list[Message] = [{"role": "system", "content": system}] if system else []

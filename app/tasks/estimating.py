@@ -6,20 +6,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bitatlas.analysis.schema import expand_formats
 from bitatlas.app.tasks.measuring import (
     applicable_metrics,
     asks_for_all,
     calibration_file,
     check_text_mode,
     metric_names,
+    planned_context,
 )
 from bitatlas.app.tasks.models import register
+from bitatlas.app.views.run import LOADING
 
-__all__ = ["LOADING", "estimate", "estimate_total"]
-
-LOADING = "loading"
-"""Row of an estimate: what every job pays once."""
+__all__ = ["estimate", "estimate_total"]
 
 
 def estimate(
@@ -43,9 +41,7 @@ def estimate(
         UserError: the model, a named text that is not there, options that no metric takes.
     """
     from bitatlas.analysis import cost as costs
-    from bitatlas.analysis.measure import MeasureContext
     from bitatlas.analysis.metrics import METRICS, get_metric
-    from bitatlas.analysis.metrics.settings import check_settings, plain_settings
 
     index = register(model)
     text = calibration_file(index.path, calibration)
@@ -57,11 +53,7 @@ def estimate(
         names, skipped = applicable_metrics(
             model, formats=formats, calibration=calibration, tokens=tokens, seq_len=seq_len, needs_text=False
         )
-    settings = plain_settings((METRICS[n] for n in names), settings or {})
-    check_settings((METRICS[n] for n in names), settings)
-    ctx = MeasureContext(
-        index, expand_formats(formats), seed=seed, settings=settings, tokens=tokens, seq_len=seq_len
-    )
+    ctx = planned_context(index, names, formats, tokens, seq_len, seed, settings)
     runs = any(METRICS[n].NEEDS != "weights" for n in names)
     found = {LOADING: costs.loading(ctx, model=runs, sampled=str(text) == "self")}
     found |= {name: costs.estimate(get_metric(name), ctx) for name in names}

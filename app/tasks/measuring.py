@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bitatlas.analysis.schema import UserError, expand_formats
+from bitatlas.analysis.schema import ModelIndex, UserError, expand_formats
+from bitatlas.app.checks import check_text_size
 from bitatlas.app.dataset_text import PREFIXES, dataset_file
-from bitatlas.app.devices import check_place
+from bitatlas.app.devices import check_place, place_params
 from bitatlas.app.tasks.demo import demo_path, demo_text
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
 from bitatlas.app.tasks.models import fit_length, register
+
+if TYPE_CHECKING:
+    from bitatlas.analysis.measure import MeasureContext
 
 __all__ = [
     "applicable_metrics",
@@ -23,6 +27,7 @@ __all__ = [
     "measure_params",
     "metric_names",
     "parse_settings",
+    "planned_context",
     "submit_measure",
 ]
 
@@ -81,6 +86,7 @@ def applicable_metrics(
 
     index = register(model)
     text = calibration_file(index.path, calibration)
+    check_text_size(tokens, seq_len)
     ctx = MeasureContext(index, expand_formats(formats), tokens=tokens, seq_len=seq_len)
     passes: dict[str, int] = {}
     skipped: dict[str, str] = {}
@@ -162,16 +168,11 @@ def measure_params(
     Raises:
         UserError: anything in it that cannot be.
     """
-    from bitatlas.analysis.measure import MeasureContext
     from bitatlas.analysis.metrics import METRICS, get_metric
-    from bitatlas.analysis.metrics.settings import check_settings, plain_settings
 
     index = register(model)
-    for name, needed in (("tokens", tokens), ("sequence length", seq_len)):
-        if needed < 2:
-            raise UserError(f"the {name} must be at least 2", found=str(needed))
     names = metric_names(metric)
-    if _named(metric) == _ALL:
+    if asks_for_all(metric):
         names, _ = applicable_metrics(
             model, formats=formats, calibration=calibration, tokens=tokens, seq_len=seq_len
         )
@@ -193,11 +194,7 @@ def measure_params(
             found="auto",
             fix="--dtype float32 or bfloat16",
         )
-    settings = plain_settings((METRICS[n] for n in names), settings or {})
-    check_settings((METRICS[n] for n in names), settings)
-    ctx = MeasureContext(
-        index, expand_formats(formats), seed=seed, settings=settings, tokens=tokens, seq_len=seq_len
-    )
+    ctx = planned_context(index, names, formats, tokens, seq_len, seed, settings)
     for name in names:
         get_metric(name).plan(ctx)  # what it refuses it refuses here, not in the job
     versions = {n: METRICS[n].VERSION for n in names if METRICS[n].VERSION > 1}
@@ -205,23 +202,41 @@ def measure_params(
         "model": index.path,
         "digest": index.digest,
         "metrics": list(names),
-        "formats": sorted(f.name for f in expand_formats(formats)),
+        "formats": sorted(f.name for f in ctx.formats),
         "calibration": str(text) if text and needy else "",
         "calibration_sha": file_digest(text) if text and needy else "",
         "tokens": tokens if needy else 0,
         "seq_len": seq_len if needy else 0,
         "seed": seed,
-        "settings": dict(settings or {}),
-        **{
-            k: v
-            for k, v, usual in (("device", device, "auto"), ("dtype", dtype, "float32"))
-            if needy and v != usual
-        },
+        "settings": ctx.settings,
+        **(place_params(device, dtype, "float32") if needy else {}),
         # The usual way of cutting stays unsaid, so that requests made before there was a choice keep their identity.
         **({"text_mode": text_mode} if needy and text_mode != "packed" else {}),
         # A metric that computes something else than it did is another request; first versions stay unsaid for the same reason.
         **({"versions": versions} if versions else {}),
     }
+
+
+def planned_context(
+    index: ModelIndex, names: Iterable[str], formats: str | Iterable[str], tokens: int, seq_len: int, seed: int,
+    settings: Mapping[str, Any] | None,
+) -> MeasureContext:  # fmt: skip
+    """What metrics plan and estimate a request with; nothing is loaded, and of the text only its size is known.
+
+    Raises:
+        UserError: a size or settings that cannot be.
+    """
+    from bitatlas.analysis.measure import MeasureContext
+    from bitatlas.analysis.metrics import METRICS
+    from bitatlas.analysis.metrics.settings import check_settings, plain_settings
+
+    check_text_size(tokens, seq_len)
+    kinds = [METRICS[n] for n in names]
+    plain = plain_settings(kinds, settings or {})
+    check_settings(kinds, plain)
+    return MeasureContext(
+        index, expand_formats(formats), seed=seed, settings=plain, tokens=tokens, seq_len=seq_len
+    )
 
 
 def check_text_mode(text_mode: str) -> None:
@@ -289,6 +304,7 @@ def measure(
     dtype: str = "float32",
     wait: bool = False,
     on_progress: Progress | None = None,
+    on_estimate: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure as a durable job. Two calls with the same arguments are one job.
 
@@ -298,6 +314,7 @@ def measure(
         text_mode: ``packed`` cuts one stream of tokens; ``document`` starts every sequence at a document's beginning.
         device: ``auto`` (a GPU where there is one that holds the model), ``cpu`` or ``cuda``; the same run either way.
         dtype: of the model's parameters; another than float32 makes runs of their own.
+        on_estimate: is told what this will cost (`tasks.estimate_total`) before it begins.
 
     Returns:
         The job's status; with ``wait`` its result. With the metric ``all`` also ``skipped``: metric -> why not here.
@@ -305,22 +322,19 @@ def measure(
     Raises:
         UserError: the request, or (with ``wait``) the job's own error.
     """
-    job = submit_measure(
-        model,
-        metric,
-        formats=formats,
-        calibration=calibration,
-        tokens=tokens,
-        seq_len=seq_len,
-        seed=seed,
-        settings=settings,
-        text_mode=text_mode,
-        device=device,
-        dtype=dtype,
-    )
-    status = status_dict(submit_and_wait(job, wait, on_progress))
-    if _named(metric) == _ALL:
-        _, status["skipped"] = applicable_metrics(
+    about: dict[str, Any] = {}
+    names = metric_names(metric)
+    if asks_for_all(metric):
+        names, about["skipped"] = applicable_metrics(
             model, formats=formats, calibration=calibration, tokens=tokens, seq_len=seq_len
         )
-    return status
+    asked: dict[str, Any] = {
+        "formats": formats, "calibration": calibration, "tokens": tokens, "seq_len": seq_len, "seed": seed,
+        "settings": settings, "text_mode": text_mode,
+    }  # fmt: skip
+    if on_estimate is not None:
+        from bitatlas.app.tasks.estimating import estimate, estimate_total
+
+        on_estimate(estimate_total(estimate(model, names, **asked)))
+    job = submit_measure(model, names, **asked, device=device, dtype=dtype)
+    return status_dict(submit_and_wait(job, wait, on_progress)) | about

@@ -17,6 +17,7 @@ from bitatlas.analysis.schema import (
     resolve_pins,
 )
 from bitatlas.app.budgets import resolve_budget
+from bitatlas.app.checks import check_text_size
 from bitatlas.app.expert_groups import parse_grouping
 from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
 from bitatlas.app.kv_plan import cache_pairs, pair_names
@@ -125,9 +126,7 @@ def submit_search(
         raise UserError(
             "searching needs a calibration text", found="none was named", fix="--calibration FILE"
         )
-    for name, value in (("tokens", tokens), ("sequence length", seq_len)):
-        if value < 2:
-            raise UserError(f"the {name} must be at least 2", found=str(value))
+    check_text_size(tokens, seq_len)
     fit_length(index, seq_len)
     if precision not in PRECISIONS:
         raise UserError("no such precision", found=precision, fix=f"one of {', '.join(PRECISIONS)}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
+from bitatlas.app.checks import check_new_tokens
 from bitatlas.app.devices import check_place
 from bitatlas.app.talker import Talker
 from bitatlas.app.tasks.jobs import status_dict, submit, submit_and_wait
@@ -107,8 +108,7 @@ def generate(
             found=str(folder),
             fix="make one with `bitatlas pack MODEL allocation.json -o DIR`",
         )
-    if not 1 <= max_new_tokens <= 4096:
-        raise UserError("the number of new tokens must be between 1 and 4096", found=str(max_new_tokens))
+    check_new_tokens(max_new_tokens)
     check_place(device, dtype)
     talker = Talker.packed(folder, device, dtype)
     ids = talker.ids(prompt)
@@ -203,7 +203,7 @@ def export(
         made = engine.write_weights(
             replace(plan, model_digest=source.digest), source, folder, quantizer=quantizer, calibration=inputs
         )
-        command = engine.serve_command([f.absolute() for f in made], plan, index)
+        command = engine.serve_command(str(folder.absolute()), plan, source)
         return {**about, "files": [str(f) for f in made], "command": command}
     if quantizer != "rtn":
         raise UserError("--quantizer counts only for weights that are written here", found=quantizer,
@@ -216,7 +216,8 @@ def export(
     files = engine.render(plan, index)
     with _all_or_none(folder) as staging:
         if text is not None:
-            engine.write_text_files(loadable(index, Home.default()), text, tokens, seq_len, staging)
+            source = loadable(index, Home.default())
+            engine.write_text_files(source, _calibration(source, text, tokens, seq_len), staging)
         for name, content in files.items():
             atomic_write(staging / name, content.encode(), named=True)
         names = [*files, *sorted(p.name for p in staging.iterdir() if p.name not in files)]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.analysis.schema import Allocation, ModelIndex, UserError
-from bitatlas.app.devices import check_place
+from bitatlas.app.checks import check_new_tokens, check_text_size
+from bitatlas.app.devices import check_place, place_params
 from bitatlas.app.tasks.jobs import jobs_show, status_dict, submit, submit_and_wait
 from bitatlas.app.tasks.measuring import calibration_file, file_digest
 from bitatlas.app.tasks.models import fit_length, register
@@ -79,15 +80,10 @@ def submit_verify(
     }  # fmt: skip
     if packed:
         params["packed"] = packed
-    params |= _place(device, dtype, "float32")
+    params |= place_params(device, dtype, "float32")
     if quantizer != "rtn" and ids:
         params |= quantizer_params(index, quantizer, calibration, calibration_tokens, calibration_seq_len)
     return submit("verify", params, f"verify {len(set(ids)) + len(packed)} allocation(s) of {index.name}")
-
-
-def _place(device: str, dtype: str, usual: str) -> dict[str, str]:
-    """What a job has to know beyond the usual; a request that names the usual is the one that names nothing."""
-    return {k: v for k, v, u in (("device", device, "auto"), ("dtype", dtype, usual)) if v != u}
 
 
 def quantizer_params(
@@ -110,8 +106,7 @@ def quantizer_params(
     if text is None:
         raise UserError(f"{quantizer} needs a calibration text", found="none was named",
                         fix="--calibration FILE (text or JSONL)")  # fmt: skip
-    if min(tokens, seq_len) < 2:
-        raise UserError("tokens and sequence length must be at least 2", found=f"{tokens}, {seq_len}")
+    check_text_size(tokens, seq_len)
     fit_length(index, seq_len)
     about = {"calibration": str(text), "calibration_sha": file_digest(text)}
     return params | about | {"calibration_tokens": tokens, "calibration_seq_len": seq_len}
@@ -183,12 +178,11 @@ def submit_answers(
     asked = [p.strip() for p in prompts if p.strip()]
     if not asked:
         raise UserError("no prompt was given", fix="one prompt a line")
-    if not 1 <= max_new_tokens <= 4096:
-        raise UserError("the number of new tokens must be between 1 and 4096", found=str(max_new_tokens))
+    check_new_tokens(max_new_tokens)
     about = _packed(Path(packed).expanduser().resolve(), index, Store(Home.default()))
     params: dict[str, Any] = {
         "model": index.path, "digest": index.digest, "packed": about["folder"], "sha": about["sha"], "prompts": asked,
-        "max_new_tokens": max_new_tokens, **({"kv": about["kv"]} if "kv" in about else {}), **_place(device, dtype, "auto"),
+        "max_new_tokens": max_new_tokens, **({"kv": about["kv"]} if "kv" in about else {}), **place_params(device, dtype, "auto"),
     }  # fmt: skip
     return submit("answers", params, f"answers of {index.name} and {Path(about['folder']).name}")
 

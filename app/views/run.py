@@ -10,9 +10,18 @@ from typing import Any
 from bitatlas.analysis.schema import UserError
 from bitatlas.app.views.words import count, duration, short_bytes
 
-__all__ = ["BITS", "GROUPS", "EstimateView", "RunRequest", "cost_table", "estimate_view", "total_seconds"]
+__all__ = [
+    "BITS",
+    "GROUPS",
+    "LOADING",
+    "EstimateView",
+    "RunRequest",
+    "cost_table",
+    "estimate_view",
+    "total_seconds",
+]
 
-LOADING = "loading"  # the row of `tasks.estimate` that is no metric
+LOADING = "loading"  # the row of `tasks.estimate` that is no metric: what every job pays once
 BITS = ["2", "3", "4", "5", "6", "8"]
 GROUPS = ["32", "64", "128", "channel"]
 

@@ -217,3 +217,7 @@ def test_an_estimate_knows_the_request(
     for options in ({"settings": {"draws": 0}}, {"calibration": "/no/such/text"}, {"text_mode": "odd"}):
         with pytest.raises(UserError):
             asked(**options)
+    for metric in ("fisher_diag", "all"):
+        for size in ({"tokens": 0, "seq_len": 64}, {"tokens": 256, "seq_len": 1}):
+            with pytest.raises(UserError, match="must be at least 2"):
+                estimating.estimate(model, metric, formats="int4-g32", **size)

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from bitatlas.analysis.metrics import METRICS
 from bitatlas.app import tasks
+from bitatlas.app.cli import app
+from bitatlas.app.jobs.status import JobStatus
+from bitatlas.app.tasks import estimating, measuring
 from bitatlas.app.tasks.measuring import measure_params
 
 MOE_ONLY = {"routing", "coactivation", "expert_error", "topk_flip"}
@@ -47,6 +51,27 @@ def test_without_a_text_only_the_weights_are_measured(
     assert set(by_name) == set(METRICS)
     for name, row in by_name.items():
         assert (row["seconds"] is None) == bool(row["skipped"]) == (name in MOE_ONLY)
+
+
+def test_the_estimate_of_all_is_of_what_will_be_measured(
+    home: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    """Without a text the metrics that read one are left out, so they cost nothing; all of them are looked at once."""
+    model, told, looked = tiny_checkpoint("llama"), list[dict[str, Any]](), list[str]()
+    found = measuring.applicable_metrics
+    monkeypatch.setattr(measuring, "applicable_metrics", lambda *a, **k: looked.append("") or found(*a, **k))
+    monkeypatch.setattr(estimating, "applicable_metrics", measuring.applicable_metrics)
+    monkeypatch.setattr(measuring, "submit", lambda kind, params, title: "job")
+    monkeypatch.setattr(
+        measuring, "submit_and_wait", lambda job, *_: JobStatus(job, "measure", "", {}, "queued")
+    )
+    done = CliRunner().invoke(app, ["measure", str(model), "--metric", "all", "--formats", "int4-g64", "--tokens", "64", "--seq-len", "16"])  # fmt: skip
+    assert done.exit_code == 0
+    assert "estimate: about" in done.stderr
+    assert "tokens through the model" not in done.stderr
+    assert len(looked) == 1
+    assert set(tasks.measure(model, "all", on_estimate=told.append, **OPTIONS)["skipped"]) > MOE_ONLY
+    assert told[0]["forward_tokens"] == told[0]["backward_tokens"] == 0 < told[0]["steps"]
 
 
 @pytest.mark.slow  # starts a worker
