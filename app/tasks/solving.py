@@ -92,12 +92,16 @@ def build_problem(
     pins: dict[str, str],
     limits: Limits | None = None,
     ties: tuple[TieGroup, ...] = (),
+    algorithm: Solver | None = None,
 ) -> Problem:
     """The solvers' problem; formats that only pins use become columns of their own.
 
     ``limits`` of an engine add its ties, pins where it takes none of the formats (pins by hand come first), and the bytes
-    of its own container: the budget holds there too. ``ties`` are the user's own.
+    of its own container: the budget holds there too. ``ties`` are the user's own. For an ``algorithm`` that ranks units a
+    metric without formats becomes their score.
     """
+    if table is not None and algorithm is not None and algorithm.RANKS and table.formats == (NO_FORMAT,):
+        return build_problem(index, None, formats, limit_bytes, pins, limits, ties).with_score(table)
     wanted = tuple(parse_format(f) for f in formats)
     if limits is None:
         return Problem.build(index, table, wanted, limit_bytes, pins=pins, ties=ties)
@@ -120,22 +124,6 @@ def build_problem(
         engine_pins=frozenset(limits.pins.keys() - pins.keys()),
         more_formats=column,
     )
-
-
-def posed(
-    algorithm: Solver,
-    index: ModelIndex,
-    table: SensitivityTable | None,
-    formats: tuple[str, ...],
-    limit_bytes: int,
-    pins: dict[str, str],
-    limits: Limits | None = None,
-    ties: tuple[TieGroup, ...] = (),
-) -> Problem:
-    """`build_problem` for a solver: a metric without formats becomes the score of one that ranks by it."""
-    if table is None or not algorithm.RANKS or table.formats != (NO_FORMAT,):
-        return build_problem(index, table, formats, limit_bytes, pins, limits, ties)
-    return build_problem(index, None, formats, limit_bytes, pins, limits, ties).with_score(table)
 
 
 def evidence_runs(store: Store, index: ModelIndex) -> dict[str, str]:
@@ -245,7 +233,7 @@ def solve(
     store, index, metric, table, names, pinned, limits = _prepare(
         model, metric, formats, pins or [], target, algorithm, quantizer
     )
-    problem = posed(algorithm, index, table, names, 0, pinned, limits, expert_ties(index, rules.ties))
+    problem = build_problem(index, table, names, 0, pinned, limits, expert_ties(index, rules.ties), algorithm)
     if rules:
         problem = under_rules(problem, index, expert_evidence(store, index, table), rules, metric, seed)
     if kv and fit is not None:
@@ -287,7 +275,7 @@ def solve_table(
 ) -> Allocation:
     """`solve` without the store: what a page calls while a slider moves."""
     limit = budget.weights_bytes - index.kept_bytes
-    problem = posed(get_solver(solver), index, table, formats, limit, pins, limits)
+    problem = build_problem(index, table, formats, limit, pins, limits, algorithm=get_solver(solver))
     return _solved(problem, index, table, formats, budget, solver, limits, seed, side)
 
 
@@ -368,7 +356,9 @@ def frontier(
     fmts = [parse_format(f) for f in names]
     sizes = index.bytes_table(fmts) if limits is None else limits.bytes(index, (*names, "bf16"))
     ceiling = int(sizes.max(axis=1).sum())
-    problem = posed(algorithm, index, table, names, ceiling, pinned, limits, expert_ties(index, rules.ties))
+    problem = build_problem(
+        index, table, names, ceiling, pinned, limits, expert_ties(index, rules.ties), algorithm
+    )
     if rules:
         problem = under_rules(problem, index, expert_evidence(store, index, table), rules, metric)
     run = table.run if table else ""

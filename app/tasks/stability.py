@@ -10,7 +10,7 @@ import numpy as np
 
 from bitatlas.analysis.fisher.matrix import load_probes
 from bitatlas.analysis.fisher.resampled import RESAMPLED, resampled_factors
-from bitatlas.analysis.schema import Allocation, ModelIndex, SensitivityTable, UserError
+from bitatlas.analysis.schema import NO_FORMAT, Allocation, ModelIndex, SensitivityTable, UserError
 from bitatlas.app.expert_rules import ExpertRules, expert_ties, under_rules
 from bitatlas.app.side_budgets import SideLimits
 from bitatlas.app.tasks.solving import build_problem, expert_evidence
@@ -73,7 +73,7 @@ def solved_again(store: Store, index: ModelIndex, plan: Allocation) -> tuple[Pro
         raise UserError(
             f"{plan.solver or 'A'} did not solve a table of damages, so there is none to solve again"
         )
-    if not solver.NEEDS_DAMAGE:
+    if not solver.NEEDS_DAMAGE and not solver.RANKS:
         raise UserError(f"{plan.solver} gives the same bits whatever the damages are")
     if solver.USES_INTERACTION:
         raise UserError(f"{plan.solver} counts pairs of units, which are not resampled")
@@ -81,7 +81,12 @@ def solved_again(store: Store, index: ModelIndex, plan: Allocation) -> tuple[Pro
         raise UserError("A does not say for which engine it was solved")
     names, limits = tuple(settings["formats"]), None
     metric = str(settings.get("metric") or plan.metric.partition("+")[0])
-    table = store.table(str(settings["run"]), metric, index.unit_keys()).select(names)
+    table = store.table(str(settings["run"]), metric, index.unit_keys())
+    if table.formats == (NO_FORMAT,):
+        raise UserError(
+            f"{plan.solver} ranks the units by {metric}, which has no damages to solve with again"
+        )
+    table = table.select(names)
     if settings.get("target"):
         from bitatlas.app.targets import get_target
         from bitatlas.app.targets.limits import limits_of

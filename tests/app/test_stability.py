@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bitatlas.analysis.fisher.matrix import ProbeMatrix
-from bitatlas.analysis.schema import Budget, SensitivityTable
+from bitatlas.analysis.schema import NO_FORMAT, Budget, DamageRow, SensitivityTable
 from bitatlas.app.expert_rules import ExpertRules
 from bitatlas.app.tasks.solving import solve_table
 from bitatlas.app.tasks.stability import solved_again, stability
@@ -144,3 +144,19 @@ def test_a_plan_that_is_not_found_again_says_so(world):
     found = stability(store, index, replace(plan, formats=swapped))
     assert "differ from A already without that" in found.how
     assert found.share < 1
+
+
+def test_a_ranking_has_no_damages_to_draw_again(world):
+    """`threshold` on a metric without formats: said in these words, not as formats that were not measured."""
+    index, store, tables = world
+    base = tables["kl_flip"]
+    score = SensitivityTable("lim", base.units, (NO_FORMAT,), base.damage[:, :1], base.stderr[:, :1], base.count[:, :1], 0.0, "r-lim")  # fmt: skip
+    store.begin_run("r-lim", index.digest, "lim")
+    store.write_step("r-lim", "all", [DamageRow("lim", u, NO_FORMAT, float(d)) for u, d in zip(base.units, score.damage[:, 0])])  # fmt: skip
+    store.finish_run("r-lim")
+    plan = solve_table(index, score, base.formats, Budget(900_000), "threshold", {})
+    found = stability(store, index, plan)
+    assert found.kept is None
+    assert found.how == "threshold ranks the units by lim, which has no damages to solve with again"
+    # The same solver on damages is solved again.
+    assert stability(store, index, _plan(world, "kl_flip", solver="threshold")).kept is not None
