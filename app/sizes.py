@@ -6,7 +6,7 @@ import re
 
 from bitatlas.kernels.errors import UserError
 
-__all__ = ["format_bytes", "format_least", "parse_bytes"]
+__all__ = ["axis_scale", "format_bytes", "format_least", "parse_bytes"]
 
 _UNITS = {
     "": 1, "b": 1,
@@ -27,6 +27,11 @@ def parse_bytes(text: str | int) -> int:
     if match is None or unit is None or float(match[1]) <= 0:
         raise UserError("this is not a size", found=repr(text), fix="write for example 8GiB, 500MB or 123456")
     return int(float(match[1]) * unit)
+
+
+def axis_scale(top: float) -> tuple[int, str]:
+    """Bytes of an axis' unit and its name, for an axis that ends at ``top`` bytes."""
+    return (1 << 30, "GiB") if top >= 1 << 30 else (1 << 20, "MiB")
 
 
 def format_least(count: int) -> str:

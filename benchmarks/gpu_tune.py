@@ -14,6 +14,7 @@ import torch
 from gpu_cases import BITS, PAIRS, cached, weight
 from gpu_timing import Contestant, Machine, Run, measure
 
+from bitatlas.cache.paths import write_output
 from bitatlas.kernels import tuned
 from bitatlas.kernels.formats import FORMATS
 from bitatlas.kernels.kv import parse_pair
@@ -152,12 +153,11 @@ def keep(path: Path, row: Row | None) -> None:
     """Merge a row into a GPU's file, so that the next launch uses it."""
     if row is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     have = {tuned.key_of(r): r for r in (json.loads(path.read_text()) if path.is_file() else [])}
     have[tuned.key_of(row)] = row
-    made = path.with_name(path.name + ".tmp")
-    made.write_text("[\n" + ",\n".join(json.dumps(r) for _, r in sorted(have.items())) + "\n]\n")
-    made.replace(path)
+    write_output(
+        path, ("[\n" + ",\n".join(json.dumps(r) for _, r in sorted(have.items())) + "\n]\n").encode()
+    )
     tuned.read.cache_clear()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
+from bitatlas.app.sizes import axis_scale
 from bitatlas.app.theme import Palette, dress
 from bitatlas.app.views.allocators import AllocatorsView
 
@@ -17,7 +18,7 @@ def fronts_chart(view: AllocatorsView, p: Palette) -> go.Figure:
     top = max(
         [int(view.bound.weights_bytes[-1]), *(r.weights_bytes[-1] for r in view.rows if r.weights_bytes)]
     )
-    scale, word = (1 << 30, "GiB") if top >= 1 << 30 else (1 << 20, "MiB")
+    scale, word = axis_scale(top)
     figure = go.Figure()
     figure.add_scatter(
         x=view.bound.weights_bytes / scale, y=view.bound.damage, mode="lines", name="lower bound",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
+from bitatlas.app.sizes import axis_scale
 from bitatlas.app.theme import Palette, dress
 from bitatlas.app.views.expert_budget import BudgetFronts, ExpertBudgetView
 
@@ -18,7 +19,7 @@ def front(
     """Best damage at every size, best damage at every reading, and where the answer stands; ``axis`` is one of `AXES`."""
     x = AXES.index(axis)
     top = max(float(fronts.by_size[:, x].max()), 1.0)
-    scale, word = (1 << 30, "GiB") if top >= 1 << 30 else (1 << 20, "MiB")
+    scale, word = axis_scale(top)
     figure = go.Figure()
     for name, line, look in (
         ("best for its size", fronts.by_size, {"color": p.accent, "width": 2}),

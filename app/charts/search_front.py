@@ -5,6 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from bitatlas.app.sizes import axis_scale
 from bitatlas.app.theme import Palette, dress
 from bitatlas.app.views.search_front import SearchFront
 
@@ -13,7 +14,7 @@ __all__ = ["figure"]
 
 def figure(view: SearchFront, p: Palette) -> go.Figure:
     """Left the front, right the curve."""
-    scale, word = (1 << 30, "GiB") if view.weights_bytes[-1] >= 1 << 30 else (1 << 20, "MiB")
+    scale, word = axis_scale(view.weights_bytes[-1])
     out = make_subplots(cols=2, horizontal_spacing=0.12)
     out.add_scatter(x=[b / scale for b in view.weights_bytes], y=list(view.kl), mode="lines+markers", name="front", row=1, col=1,
                     line={"color": p.accent}, hovertemplate=f"%{{x:.3f}} {word}<br>measured %{{y:.4g}}<extra></extra>")  # fmt: skip

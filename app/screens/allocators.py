@@ -120,20 +120,17 @@ def _search(id: str, run: str, _study: Study) -> views.Asked:
     store = open_store()
     found = store.frontier(id)
     evaluations, tokens = found.evaluations, found.tokens
-    if (
-        not tokens
-    ):  # stored before fronts said what they cost: every candidate knows what had been spent by then
+    if not tokens:
+        # Stored before fronts said what they cost: every candidate knows what had been spent by then.
         tried = store.candidates(run)
         evaluations = len(tried)
         tokens = max((int((c.extra or {}).get("forward_equivalents") or 0) for c in tried), default=0)
-    name, plans = (
-        found.solver,
-        (store.allocation(a.id) for a in _study.allocations if found.solver in a.solver),
-    )
+    plans = (store.allocation(a.id) for a in _study.allocations if found.solver in a.solver)
     about = next((p.provenance.settings for p in plans if _told(p).get("candidates") == run), {})
-    base = store.run(str(about["run"])) if about.get("run") else None
+    # A shipped study may lack the run that a search began with.
+    base = next((r for r in store.runs(_study.index.digest) if r.run == about.get("run")), None)
     return views.Asked(
-        name, f"{name} (search)", found, found.seconds, evaluations, tokens, True, metric_tokens=views.cost_of(base).tokens if base else 0
+        found.solver, f"{found.solver} (search)", found, found.seconds, evaluations, tokens, True, metric_tokens=views.cost_of(base).tokens if base else 0
     )  # fmt: skip
 
 

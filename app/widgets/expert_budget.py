@@ -16,14 +16,13 @@ from bitatlas.app.views import fit_controls
 from bitatlas.app.widgets import fit_cache
 from bitatlas.app.widgets.boxes import error_box
 from bitatlas.app.widgets.kept import kept
-from bitatlas.app.widgets.limit_controls import split_limits
+from bitatlas.app.widgets.limit_controls import COUNTED, NO_GROUPS, grouping_text, split_limits
 from bitatlas.app.widgets.look import current_palette
 from bitatlas.app.widgets.twin import cli_twin, command, downloads
 
 __all__ = ["expert_budget"]
 
-_NONE = "not at all"
-_GROUPS = (_NONE, "layer", "frequency", "damage", "cluster", "selection")
+_GROUPS = (NO_GROUPS, "layer", "frequency", "damage", "cluster", "selection")
 
 
 def expert_budget(study: Study, metric: str) -> None:
@@ -90,12 +89,12 @@ def _controls(study: Study, formats: tuple[str, ...]) -> tuple[ExpertRules, floa
         by = st.selectbox("Group experts by", _GROUPS, key="expert_group", bind="query-params", width=150,
                           help="Selection: the experts that are boxed or lassoed on the map above.")  # fmt: skip
         parts = 4
-        if by in ("frequency", "damage", "cluster"):
+        if by in COUNTED:
             parts = int(
                 st.number_input("Groups", 2, 16, 4, key="expert_parts", bind="query-params", width=110)
             )
         text = ""
-        if by != _NONE:
+        if by != NO_GROUPS:
             text = st.text_input("Limits", key="expert_limits", bind="query-params", placeholder="q1=2.5, q4=200MB, *=4", width=210,
                                  help="Most bits per weight, or most bytes, that a group may take; * stands for the others.")  # fmt: skip
         floor = st.selectbox("Floor for rare experts", ("", *formats), key="expert_floor", bind="query-params", width=150,
@@ -107,14 +106,7 @@ def _controls(study: Study, formats: tuple[str, ...]) -> tuple[ExpertRules, floa
         ties = st.selectbox("Same format for", TIES, key="expert_ties", bind="query-params", width=150,
                             format_func=lambda t: {"free": "nothing", "gate-up": "gate and up", "expert": "a whole expert", "layer": "a layer's experts"}[t])  # fmt: skip
     limits = split_limits(text)
-    return ExpertRules(_grouping(by, parts), limits, floor, below, ties), float(bits)
-
-
-def _grouping(by: str, parts: int) -> str:
-    if by == "selection":
-        chosen = state.selection()
-        return f"units:{chosen.encode()}" if len(chosen) else ""
-    return "" if by == _NONE else by if by == "layer" else f"{by}:{parts}"
+    return ExpertRules(grouping_text(by, parts), limits, floor, below, ties), float(bits)
 
 
 def _groups(study: Study, grouping: str, metric: str) -> ExpertGroups | None:

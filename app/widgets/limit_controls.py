@@ -11,10 +11,11 @@ from bitatlas.app.studies import Study
 from bitatlas.app.targets import TARGETS
 from bitatlas.app.views.fit_controls import Asked
 
-__all__ = ["limit_controls", "split_limits"]
+__all__ = ["COUNTED", "NO_GROUPS", "grouping_text", "limit_controls", "split_limits"]
 
-_ANY, _NONE = "any", "not at all"
-_COUNTED = ("frequency", "damage", "cluster")
+_ANY, NO_GROUPS = "any", "not at all"
+COUNTED = ("frequency", "damage", "cluster")
+"""Ways of grouping that take a number of groups."""
 
 
 def limit_controls(study: Study, asked: Asked) -> Asked:
@@ -23,26 +24,30 @@ def limit_controls(study: Study, asked: Asked) -> Asked:
                           help="Only formats that it loads, units that it stores alike kept together, in its own bytes.")  # fmt: skip
     experts = ("frequency", "cluster") if study.index.n_experts else ()
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        by = st.selectbox("Limits by", (_NONE, "layer", "role", "damage", *experts, "selection"), key="fit_groups", bind="query-params",
+        by = st.selectbox("Limits by", (NO_GROUPS, "layer", "role", "damage", *experts, "selection"), key="fit_groups", bind="query-params",
                           help="Most bytes for groups of units. Selection: the units that are boxed or lassoed on the Map.")  # fmt: skip
         parts = 4
-        if by in _COUNTED:
+        if by in COUNTED:
             parts = int(st.number_input("Groups", 2, 16, 4, key="fit_parts", bind="query-params", width=110))
         text = ""
-        if by != _NONE:
+        if by != NO_GROUPS:
             text = st.text_input("Limits", key="fit_limits", bind="query-params", placeholder=_example(by),
                                  help="Most bits per weight, or most bytes, that a group may take; * stands for the others.")  # fmt: skip
-    limits, chosen = split_limits(text), state.selection()
-    if by == "selection":
-        grouping = f"units:{chosen.encode()}" if len(chosen) else ""
-    else:
-        grouping = "" if by == _NONE else f"{by}:{parts}" if by in _COUNTED else by
+    limits, grouping = split_limits(text), grouping_text(by, parts)
     return replace(
         asked,
         target="" if target == _ANY else target,
         groups=grouping if limits else "",
         group_limits=limits if grouping else (),
     )
+
+
+def grouping_text(by: str, parts: int) -> str:
+    """What is chosen in a menu of groupings as `app.expert_groups` reads it; "" for none, and for an empty selection."""
+    if by == "selection":
+        chosen = state.selection()
+        return f"units:{chosen.encode()}" if len(chosen) else ""
+    return "" if by == NO_GROUPS else f"{by}:{parts}" if by in COUNTED else by
 
 
 def split_limits(text: str) -> tuple[str, ...]:

@@ -20,14 +20,7 @@ from bitatlas.solvers import SEARCHERS
 __all__ = ["search_panel"]
 
 _PROBLEM = "_search_problem"
-_OPEN = (
-    "path",
-    "evopress",
-    "rco",
-    "ramp",
-    "nsga2_search",
-    "random_search",
-)  # `refine` begins from an allocation
+_OPEN = tuple(name for name in SEARCHERS if name != "refine")  # which begins from an allocation
 
 
 def search_panel(study: Study) -> None:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check_gguf", "write_gguf"]
 
+_EXACT = (
+    "solve with --formats int{4,5,8}-g32-sym,int{4,5}-g32,mxfp4 --target llama.cpp"  # see `ggml.exact_type`
+)
 _FILE_TYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "mxfp4": 38, "f16": 1, "bf16": 32}
 
 
@@ -65,15 +68,14 @@ def check_gguf(index: ModelIndex, allocation: Allocation, quantizer: str = "rtn"
         name, kind = next(iter(stuck.items()))
         raise UserError(
             f"the gguf package cannot make {kind}", found=f"{len(stuck)} tensors, such as {name}",
-            fix="solve with --formats int{4,5,8}-g32-sym,int{4,5}-g32,mxfp4 --target llama.cpp, or run the command of the "
-            "export without --weights",
+            fix=f"{_EXACT}, or run the command of the export without --weights",
         )  # fmt: skip
     own = [u.key for u in index.units if not _same_grid(FORMATS[allocation.formats[u.key]], u.cols)]
     if own and quantizer != "rtn":
         raise UserError(
             f"{quantizer} does not count where the gguf package rounds by itself",
             found=f"{len(own)} units, such as {own[0]} in {allocation.formats[own[0]]}",
-            fix="solve with --formats int{4,5,8}-g32-sym,int{4,5}-g32,mxfp4 --target llama.cpp, or --quantizer rtn",
+            fix=f"{_EXACT}, or --quantizer rtn",
         )  # fmt: skip
 
 
