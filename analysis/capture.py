@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.analysis.prefix import decoder_blocks, replaced_blocks
+from bitatlas.analysis.prefix import decoder_blocks, held_bytes, replaced_blocks, resumes
 from bitatlas.analysis.schema import QuantUnit
 
 if TYPE_CHECKING:
@@ -92,11 +92,9 @@ class _Stream:
             with torch.no_grad():
                 whole = self._ctx.loaded.logits(ids)
                 hook.remove()
-                try:
-                    with replaced_blocks(self._blocks[:layer], (seen[0],) * layer):
-                        self._ctx.scratch["resumable"] = torch.equal(whole, self._ctx.loaded.logits(ids))
-                except Exception:  # noqa: BLE001 - a model that misses what a block left elsewhere may raise anything
-                    self._ctx.scratch["resumable"] = False
+                self._ctx.scratch["resumable"] = resumes(
+                    self._ctx.loaded, ids, whole, self._blocks[:layer], (seen[0],) * layer
+                )
         return bool(self._ctx.scratch["resumable"])
 
     @contextmanager
@@ -116,16 +114,8 @@ class _Stream:
         """Leaves the outputs to the next pass, unless they are too large; and the input, for the same layer again."""
         streams = {self._first - 1: self._before, self._last: self._outputs}
         self._ctx.scratch[self._name] = {
-            layer: kept
-            for layer, kept in streams.items()
-            if kept and sum(map(_nbytes, kept)) <= _STREAM_BYTES
+            layer: kept for layer, kept in streams.items() if kept and held_bytes(kept) <= _STREAM_BYTES
         }
-
-
-def _nbytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(_nbytes(v) for v in value) if isinstance(value, (tuple, list)) else 0
 
 
 def layer_groups(

@@ -21,9 +21,12 @@ __all__ = [
     "PrefixRunner",
     "Recording",
     "decoder_blocks",
+    "held_bytes",
     "needed_blocks",
     "replaced_blocks",
-    "residual_stream",
+    "resumes",
+    "stream_before",
+    "stream_behind",
 ]
 
 
@@ -55,9 +58,14 @@ def needed_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
     return blocks
 
 
-def residual_stream(value: Any) -> Tensor:
-    """(B, T, d) of what goes into a block or comes out; several copies (Gemma 3n's AltUp: (A, B, T, d)) side by side, (B, T, A d)."""
-    x: Tensor = value[0] if isinstance(value, tuple) else value
+def stream_before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a block, or a part of it, was called with, as `stream_behind` gives what it returns."""
+    return stream_behind(args[0] if args else kwargs["hidden_states"])
+
+
+def stream_behind(output: Any) -> Tensor:
+    """(B, T, d) of what a block returned; several copies (Gemma 3n's AltUp: (A, B, T, d)) side by side, (B, T, A d)."""
+    x: Tensor = output[0] if isinstance(output, tuple) else output
     return x if x.dim() == 3 else x.permute(1, 2, 0, 3).flatten(2)
 
 
@@ -78,7 +86,7 @@ class Recording:
     @property
     def nbytes(self) -> int:
         """Memory of the kept tensors."""
-        return _nbytes(self.logits) + sum(_nbytes(o) for o in self.outputs)
+        return held_bytes((self.logits, *self.outputs))
 
 
 class PrefixRunner:
@@ -102,16 +110,10 @@ class PrefixRunner:
         if self.exact is None:
             # Models whose blocks share state (KV of an earlier block) fail this and are run whole.
             self.exact = all(
-                self._same(recording, layer) for layer in {1, len(self._blocks) // 2, len(self._blocks)}
+                resumes(self._loaded, ids, recording.logits, self._blocks[:n], recording.outputs[:n], 1e-5)
+                for n in {1, len(self._blocks) // 2, len(self._blocks)}
             )
         return recording
-
-    def _same(self, recording: Recording, layer: int) -> bool:
-        """Whether a resumed run gives what the whole one gave."""
-        try:
-            return torch.allclose(self._resume(recording, layer), recording.logits, rtol=1e-5, atol=1e-5)
-        except Exception:  # noqa: BLE001 - a model that misses what a block left elsewhere may raise anything
-            return False
 
     @torch.no_grad()
     def again(self, recording: Recording, layer: int) -> Recording:
@@ -145,9 +147,6 @@ class PrefixRunner:
         """
         if not self.exact or layer <= 0:
             return self._loaded.logits(recording.ids)
-        return self._resume(recording, layer)
-
-    def _resume(self, recording: Recording, layer: int) -> Tensor:
         with replaced_blocks(self._blocks[:layer], recording.outputs[:layer]):
             return self._loaded.logits(recording.ids)
 
@@ -165,7 +164,19 @@ def replaced_blocks(blocks: list[nn.Module], outputs: tuple[Any, ...]) -> Iterat
             block.__dict__.pop("forward", None)
 
 
-def _nbytes(value: Any) -> int:
+def resumes(
+    loaded: LoadedModel, ids: Tensor, whole: Tensor, blocks: list[nn.Module], outputs: tuple[Any, ...], tolerance: float = 0.0
+) -> bool:  # fmt: skip
+    """Whether ids (B, T) still end in the logits of the ``whole`` run where these blocks return ``outputs``."""
+    try:
+        with replaced_blocks(blocks, outputs):
+            return torch.allclose(loaded.logits(ids), whole, rtol=tolerance, atol=tolerance)
+    except Exception:  # noqa: BLE001 - a model that misses what a block left elsewhere may raise anything
+        return False
+
+
+def held_bytes(value: Any) -> int:
+    """Memory of the tensors in what a block returned."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
-    return sum(_nbytes(v) for v in value) if isinstance(value, (tuple, list)) else 0
+    return sum(map(held_bytes, value)) if isinstance(value, (tuple, list)) else 0

@@ -127,17 +127,20 @@ class UnitQuantizer:
 
     def codes(self, unit: str, weight: Tensor, fmt: Format) -> Quantized:
         """What is packed of a (rows, cols) weight, unpacked: for containers other than ours."""
-        prepared, one = self.prepared(unit, weight), self.instance(unit, fmt)
-        if fmt.per_tensor:
-            one.largest = prepared.abs().amax()
+        prepared, one = self._ready(unit, weight, fmt)
         return quantised_matrix(prepared, fmt, one)
 
     def effective(self, unit: str, weight: Tensor, fmt: Format) -> Tensor:
         """(rows, cols) float32: what stands in for the original weight after packing, folds undone."""
+        prepared, one = self._ready(unit, weight, fmt)
+        return self.folding.undo(unit, quantised_weight(prepared, fmt, one))
+
+    def _ready(self, unit: str, weight: Tensor, fmt: Format) -> tuple[Tensor, Quantizer]:
+        """`prepared`, and the `instance` told what it needs of the whole weight."""
         prepared, one = self.prepared(unit, weight), self.instance(unit, fmt)
         if fmt.per_tensor:
             one.largest = prepared.abs().amax()
-        return self.folding.undo(unit, quantised_weight(prepared, fmt, one))
+        return prepared, one
 
 
 def _searched(

@@ -11,7 +11,7 @@ from torch import nn
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
 from bitatlas.analysis.metrics.base import Cost, Metric, Parts, StepResult
-from bitatlas.analysis.prefix import needed_blocks, residual_stream
+from bitatlas.analysis.prefix import needed_blocks, stream_before, stream_behind
 from bitatlas.analysis.schema import NO_FORMAT, DamageRow
 from bitatlas.analysis.sequences import mean_and_stderr, sequence_steps, sequences_of, stacked
 
@@ -58,8 +58,8 @@ class BlockInfluence(Metric):
 
         def watch(name: str, layer: int) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-                x = residual_stream(args[0] if args else kwargs["hidden_states"])
-                y = residual_stream(out)
+                x = stream_before(args, kwargs)
+                y = stream_behind(out)
                 cosine = torch.cosine_similarity(x.double(), y.double(), dim=-1)  # (B, T)
                 found[name][:, layer] = cosine.reshape(len(tokens), -1).mean(1).cpu().numpy()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitatlas.analysis.cost import checkpoint_bytes
 from bitatlas.analysis.measure import MeasureContext
 from bitatlas.analysis.metrics.base import Cost, Metric, Parts, StepResult
-from bitatlas.analysis.prefix import needed_blocks, residual_stream
+from bitatlas.analysis.prefix import needed_blocks, stream_before, stream_behind
 from bitatlas.analysis.schema import NO_FORMAT, DamageRow
 from bitatlas.analysis.sequences import sequence_steps, sequences_of
 
@@ -104,10 +104,10 @@ def _streams(ctx: MeasureContext, blocks: nn.ModuleList, one: np.ndarray) -> lis
     found: list[Tensor] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(residual_stream(args[0] if args else kwargs["hidden_states"])[0].double().cpu())
+        found.append(stream_before(args, kwargs)[0].double().cpu())
 
     def after(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        found.append(residual_stream(out)[0].double().cpu())
+        found.append(stream_behind(out)[0].double().cpu())
 
     hooks = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
     hooks += [block.register_forward_hook(after) for block in blocks]

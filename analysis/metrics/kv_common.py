@@ -132,7 +132,7 @@ class KvMetric(Metric):
         k: np.ndarray,
         v: np.ndarray,
         pairs: np.ndarray,
-        floor: float = 0.0,
+        floor: float,
     ) -> list[DamageRow]:
         """Rows of K, V and pairs of every layer: half the mean of squared projections per token, stderr over sequences.
 

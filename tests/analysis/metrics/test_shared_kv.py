@@ -13,7 +13,7 @@ import torch
 from bitatlas.analysis.divergence import KlReference
 from bitatlas.analysis.measure import run_metric
 from bitatlas.analysis.metrics import get_metric
-from bitatlas.analysis.prefix import PrefixRunner, residual_stream
+from bitatlas.analysis.prefix import PrefixRunner, stream_behind
 from bitatlas.kernels.formats import parse_format
 from bitatlas.kernels.reference import quantize_dequantize
 
@@ -62,8 +62,7 @@ def test_a_flip_is_measured_on_the_whole_model(context: Any, tmp_path: Path) -> 
 
 def test_copies_of_the_stream_lie_side_by_side() -> None:
     x = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)  # (A, B, T, d)
-    found = residual_stream((x, None))
+    found = stream_behind((x, None))
     assert found.shape == (3, 4, 10)
     np.testing.assert_array_equal(found[1, 2], torch.cat([x[0, 1, 2], x[1, 1, 2]]))
-    assert residual_stream(x[0]) is not None
-    np.testing.assert_array_equal(residual_stream(x[0]), x[0])
+    np.testing.assert_array_equal(stream_behind(x[0]), x[0])
