@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["check_feasible", "format_that_fits", "in_words", "least_of", "megabytes"]
 
-
 _NEVER = 1 << 46  # bytes; far beyond every model, and units times this is an int64
 
 
@@ -42,7 +41,7 @@ def in_words(side: SideBudget, value: float) -> str:
     return f"{name}{'=' if side.option and ' ' in name else ' '}{text}"
 
 
-def check_sides(problem: Problem) -> None:
+def _check_sides(problem: Problem) -> None:
     """Return if every further limit could be met, were it the only one.
 
     Raises:
@@ -67,7 +66,7 @@ def check_feasible(problem: Problem) -> None:
     """
     smallest = problem.min_bytes
     if smallest <= problem.limit_bytes:
-        check_sides(problem)
+        _check_sides(problem)
         return
     found = (
         f"{megabytes(max(problem.limit_bytes, 0))} for the quantised units, the smallest possible with "

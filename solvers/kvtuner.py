@@ -67,7 +67,7 @@ class KvTuner(Solver):
         "KVTuner (Li et al. 2025), sections 5.1-5.3; sum of damages in place of task accuracy"
     )
 
-    SETTINGS: ClassVar[Mapping[str, Any]] = {"eps": 0.35, "exact": True, "trials": 1000, "population": 50}
+    SETTINGS: ClassVar[Mapping[str, Any]] = {"eps": 0.35, "exact": True, **Nsga2.SETTINGS}
 
     def __init__(
         self, eps: float = 0.35, exact: bool = True, trials: int = 1000, population: int = 50

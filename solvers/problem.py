@@ -139,8 +139,7 @@ class Problem:
         if allowed is not None:
             mask &= np.asarray(allowed, bool)
         side = tuple(
-            SideBudget(s.name, np.asarray(s.cost, np.float64).reshape(n, k), float(s.limit), s.option, s.unit)
-            for s in side
+            replace(s, cost=np.asarray(s.cost, np.float64).reshape(n, k), limit=float(s.limit)) for s in side
         )
         mask = _apply_pins(names, labels, mask, pins, tie_labels(names, ties))
         return cls(

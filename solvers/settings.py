@@ -31,15 +31,29 @@ def checked_settings(owner: str, defaults: Mapping[str, Any], settings: Mapping[
         try:
             if isinstance(default, bool):
                 out[name], ok = value, isinstance(value, bool)
+            elif isinstance(default, str):
+                out[name], ok = str(value), True
             elif isinstance(default, tuple):
                 parts = value.split("/") if isinstance(value, str) else list(np.atleast_1d(value))
-                out[name] = tuple(type(default[0])(v) for v in parts)
+                out[name] = tuple(_number(v, default[0]) for v in parts)
                 ok = bool(out[name]) and min(out[name]) > 0
             else:
-                out[name] = type(default)(value)
-                ok = isinstance(default, str) or bool(np.isfinite(out[name]) and out[name] >= 0)
-        except (TypeError, ValueError):
+                out[name] = _number(value, default)
+                ok = bool(np.isfinite(out[name]) and out[name] >= 0)
+        except (TypeError, ValueError, OverflowError):
             raise wrong from None
         if not ok:
             raise wrong
     return out
+
+
+def _number(value: Any, like: float) -> float:
+    """``value`` as a number of the kind of ``like``.
+
+    Raises:
+        TypeError, ValueError, OverflowError: it is none, or a whole number was wanted.
+    """
+    found = type(like)(value)
+    if isinstance(value, bool) or (not isinstance(value, str) and found != value):
+        raise ValueError(value)
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,8 @@ class SolverConformance:
         assert len(solver.TITLE) > 3
         assert solver.SOURCE
         assert solver.available()
+        defaults = {name: p.default for name, p in inspect.signature(type(solver)).parameters.items()}
+        assert {name: defaults[name] for name in solver.SETTINGS} == solver.SETTINGS
 
     def test_random_problems_feasible_above_bound_and_exact(self, solver):
         for seed in range(self.SEEDS):

@@ -76,11 +76,12 @@ def test_settings_reach_it_by_name():
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
-    [({"exact": "no"}, "exact of kvtuner has the wrong kind"), ({"trial": 3}, "no setting trial"), ({"population": 1, "exact": False}, "two plans")],
+    ("solver", "settings", "words"),
+    [("kvtuner", {"exact": "no"}, "exact of kvtuner has the wrong kind"), ("kvtuner", {"trial": 3}, "no setting trial"),
+     ("kvtuner", {"population": 1, "exact": False}, "two plans"), ("mckp", {"eps": 1}, "mckp has no setting eps"),
+     ("tpe", {"trials": 2.5}, "wrong kind"), ("tpe", {"trials": float("inf")}, "wrong kind"),
+     ("kvtuner", {"eps": True}, "wrong kind")],
 )  # fmt: skip
-def test_wrong_settings(settings, words):
+def test_wrong_settings(solver, settings, words):
     with pytest.raises(UserError, match=words):
-        get_solver("kvtuner", settings)
-    with pytest.raises(UserError, match="mckp has no setting eps"):
-        get_solver("mckp", {"eps": 1})
+        get_solver(solver, settings)
