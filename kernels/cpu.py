@@ -25,24 +25,8 @@ def library(*more: str) -> ctypes.CDLL | None:
     if lib is None:
         return None
     p, i64, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    lib.bitatlas_linear.argtypes = [p, i64, p, p, i64, p, p, p, i64, i64, i64, i64, number, number]
-    lib.bitatlas_table_linear.argtypes = [
-        p,
-        i64,
-        p,
-        i64,
-        number,
-        p,
-        p,
-        p,
-        p,
-        i64,
-        i64,
-        i64,
-        i64,
-        number,
-        number,
-    ]
+    lib.bitatlas_linear.argtypes = [p, i64, p, p, i64, *[p] * 3, *[i64] * 4, number, number]
+    lib.bitatlas_table_linear.argtypes = [p, i64, p, i64, number, *[p] * 4, *[i64] * 4, number, number]
     lib.bitatlas_linear.restype = lib.bitatlas_table_linear.restype = None
     return lib
 

@@ -263,11 +263,11 @@ static void arrange(const float *x, float *to, int64_t m, int64_t k, const struc
 }
 
 /* As many rows of W at a time as registers hold the sums of. */
-#define TOGETHER(M, E) (LANES < 16 ? (M < 3 ? 2 : 1) : M < 3 ? 4 : 2)
+#define TOGETHER(M) (LANES < 16 ? (M < 3 ? 2 : 1) : M < 3 ? 4 : 2)
 #define ROWS(M, E, B)                                                                       \
     case M: {                                                                               \
         _Pragma("omp parallel for num_threads(threads) schedule(static)")                   \
-        for (int64_t r = 0; r < n; r += TOGETHER(M, E)) some_rows(&p, r, TOGETHER(M, E), M, B, E); \
+        for (int64_t r = 0; r < n; r += TOGETHER(M)) some_rows(&p, r, TOGETHER(M), M, B, E);\
         break;                                                                              \
     }
 #define ALL_ROWS(E, B)                                              \

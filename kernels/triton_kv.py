@@ -20,10 +20,8 @@ from bitatlas.kernels.tuned import kv_chunk
 
 __all__ = ["decode_attention", "pack_kv"]
 
-_CHUNK = (
-    512,
-    32,
-)  # packed tokens of one program, and of one step of it, where nothing was measured (`kernels.tuned`)
+# Packed tokens of one program, and of one step of it, where nothing was measured (`kernels.tuned`).
+_CHUNK = 512, 32
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,15 @@ PLAIN = ("-mno-avx512f", "-mno-avx2", "-mno-bmi2", "-mno-f16c")  # what other pr
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C compiler here")
 
 
+@pytest.fixture(params=[(), AVX2, PLAIN], ids=["native", "avx2", "plain"])
+def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """Compiled for this processor, and for lesser ones."""
+    found = cpu.library(*request.param)
+    if found is None:
+        pytest.skip("these flags are for x86")
+    return found
+
+
 def matrix(weight: torch.Tensor, name: str) -> PackedMatrix:
     fmt = parse_format(name)
     return PackedMatrix(fmt, *weight.shape, pack_weight(weight, fmt, quantize))
@@ -30,11 +40,7 @@ def matrix(weight: torch.Tensor, name: str) -> PackedMatrix:
 
 @needs_compiler
 @pytest.mark.parametrize("name", FORMATS + TABLES)
-@pytest.mark.parametrize("flags", [(), AVX2, PLAIN], ids=["native", "avx2", "plain"])
-def test_equals_the_reference(name: str, flags: tuple[str, ...]) -> None:
-    library = cpu.library(*flags)
-    if library is None:
-        pytest.skip("these flags are for x86")
+def test_equals_the_reference(name: str, library: ctypes.CDLL) -> None:
     for rows, cols in ((5, 1), (33, 17), (7, 147), (6, 256)):
         generator = torch.Generator().manual_seed(cols)
         weight = torch.randn(rows, cols, generator=generator) * torch.logspace(-6, 2, rows).unsqueeze(1)
@@ -47,7 +53,6 @@ def test_equals_the_reference(name: str, flags: tuple[str, ...]) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("flags", [(), AVX2, PLAIN], ids=["native", "avx2", "plain"])
 @pytest.mark.parametrize(
     ("name", "group"),
     [
@@ -59,10 +64,7 @@ def test_equals_the_reference(name: str, flags: tuple[str, ...]) -> None:
         ("mxfp4", 32),
     ],
 )
-def test_any_number_of_rows_and_groups(name: str, group: int, flags: tuple[str, ...]) -> None:
-    library = cpu.library(*flags)
-    if library is None:
-        pytest.skip("these flags are for x86")
+def test_any_number_of_rows_and_groups(name: str, group: int, library: ctypes.CDLL) -> None:
     weight, fmt = torch.randn(11, 1128), replace(parse_format(name), group_size=group)
     m = PackedMatrix(fmt, 11, 1128, pack_weight(weight, fmt, quantize))
     dense = quantize_dequantize(weight, fmt).double()
@@ -73,12 +75,8 @@ def test_any_number_of_rows_and_groups(name: str, group: int, flags: tuple[str, 
 
 
 @needs_compiler
-@pytest.mark.parametrize("flags", [(), AVX2, PLAIN], ids=["native", "avx2", "plain"])
 @pytest.mark.parametrize("cols", [4, 17, 36, 64])
-def test_nan_codes_spoil_their_own_row_only(cols: int, flags: tuple[str, ...]) -> None:
-    library = cpu.library(*flags)
-    if library is None:
-        pytest.skip("these flags are for x86")
+def test_nan_codes_spoil_their_own_row_only(cols: int, library: ctypes.CDLL) -> None:
     m = matrix(torch.randn(9, cols), "fp8-channel")
     m.codes[1::2] = 0x7F7F7F7F
     y = cpu.linear(torch.randn(2, cols), m, library)
@@ -87,12 +85,8 @@ def test_nan_codes_spoil_their_own_row_only(cols: int, flags: tuple[str, ...]) -
 
 
 @needs_compiler
-@pytest.mark.parametrize("flags", [(), AVX2, PLAIN], ids=["native", "avx2", "plain"])
 @pytest.mark.parametrize("name", ["nf4-g32", "mxfp4", "fp8-channel", "fp8-tensor"])
-def test_every_code_of_a_table_is_the_reference_s_to_the_last_bit(name: str, flags: tuple[str, ...]) -> None:
-    library = cpu.library(*flags)
-    if library is None:
-        pytest.skip("these flags are for x86")
+def test_every_code_of_a_table_is_the_reference_s_to_the_last_bit(name: str, library: ctypes.CDLL) -> None:
     fmt = parse_format(name)
     codes = torch.arange(1 << fmt.bits, dtype=torch.uint8).repeat(1, 256 >> fmt.bits)
     m = matrix(torch.randn(3, 256) * torch.tensor([[1e-3], [1.0], [1e3]]), name)

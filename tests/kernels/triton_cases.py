@@ -106,12 +106,12 @@ def linear(name: str, dtype: str, device: str, splits: int | None = None) -> flo
     return worst
 
 
-def experts(dtype: str, device: str, chosen: int = 2, n: int = 40, k: int = 97) -> float:
+def experts(dtype: str, device: str, n: int = 40, k: int = 97) -> float:
     from bitatlas.kernels import triton_experts
 
     names = ("int2-g32", "bf16", "int4-g64-sym", "int3-channel", "int8-g32", "fp16", "int6-channel-sym", "int5-g64",
              "int5-g32-sym")  # fmt: skip
-    count = len(names)
+    count, chosen = len(names), 2
     tokens = 18 + count
     weights = [noise(n, k, seed=e) for e in range(count)]
     table = triton_experts.ExpertTable.build(

@@ -47,7 +47,7 @@ def sources() -> dict[str, ASTSource]:
                     {"x": f"*{dtype}", **buffers, "out": "*fp32", "m": INT, "n": INT, "k": INT, **sizes, "chunk": INT},
                     {"BITS": bits, "SYMMETRIC": symmetric, "M": 16, "N": 64, "K": 32},
                 )  # fmt: skip
-    for dtype in ("bf16", "fp16", "fp32"):
+    for dtype in dtypes:
         out[f"experts-{dtype}"] = ASTSource(
             triton_experts.grouped_kernel,
             {
