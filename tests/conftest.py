@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +33,23 @@ def _helper(name: str) -> ModuleType:
 def checkpoints() -> ModuleType:
     """The module tests/checkpoints.py: `make_checkpoint`, `write_tokenizer`, `FAMILIES`, `MOE_FAMILIES`."""
     return _helper("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def allocate() -> Callable[..., Any]:
+    """``allocate(index, {unit: format})`` -> an `Allocation` with its bytes; one name is for the linears, embedding and head
+    then stay at 16 bits."""
+    from bitatlas.analysis.schema import Allocation, ModelIndex, parse_format
+
+    def make(index: ModelIndex, formats: str | Mapping[str, str]) -> Allocation:
+        if isinstance(formats, str):
+            formats = {u.key: "bf16" if u.role in ("embed", "head") else formats for u in index.units}
+        payload = sum(parse_format(formats[u.key]).payload_bytes(u.rows, u.cols) for u in index.units)
+        return Allocation(
+            index.digest, index.name, dict(formats), payload, index.kept_bytes, payload * 8 / index.params
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

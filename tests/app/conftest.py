@@ -10,7 +10,9 @@ from types import ModuleType
 
 import pytest
 
+from bitatlas.analysis.schema import ModelIndex
 from bitatlas.app.studies import Study
+from bitatlas.app.tasks import describing, solving
 from bitatlas.cache.paths import Home
 from bitatlas.cache.store import Store
 
@@ -53,6 +55,16 @@ def home(tmp_path, monkeypatch) -> Home:
     monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("BITATLAS_MODEL_ROOTS", str(tmp_path))
     return Home.default()
+
+
+@pytest.fixture
+def index(home, fakes, monkeypatch) -> ModelIndex:
+    """A small dense model with two finished runs in the store; the solving tasks find it under any name."""
+    index: ModelIndex = fakes.dense_index(6, "dense-6")
+    fakes.fill(Store(home), index)
+    for module in (solving, describing):
+        monkeypatch.setattr(module, "register", lambda model: index)
+    return index
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import io
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import DamageRow, UserError
@@ -129,8 +130,6 @@ def test_the_choice_of_text_is_told(measured):
     row = next(r for r in trust_rows(store, index, home) if r.metric == "fisher")
     tables = [store.table(e.run, "fisher", index.unit_keys()).damage.ravel()
               for e in store.metrics_of(index.digest) if e.metric == "fisher"]  # fmt: skip
-    from scipy import stats
-
     assert len(tables) == 2
     assert row.calibration_least == pytest.approx(stats.spearmanr(*tables).statistic)
     assert row.other_texts == ()  # the same text by another seed
@@ -143,9 +142,11 @@ def test_texts_are_compared_where_only_the_text_differs(measured):
     runs = [e.run for e in store.metrics_of(index.digest) if e.metric == "activation_error"]
     assert len(runs) == 3  # one of them of twice the tokens
     assert store.run(row.run).provenance["tokens"] == 128
+    (other,) = (r for r in runs if r != row.run and store.run(r).provenance["tokens"] == 128)
+    x, y = (store.table(r, "activation_error", index.unit_keys()).damage.ravel() for r in (row.run, other))
     assert [n.rpartition("/")[2] for n in row.other_texts] == ["calibration.txt"]
-    assert -1 <= row.text_least <= 1
-    assert row.text_ratio > 0
+    assert row.text_least == pytest.approx(stats.spearmanr(x, y, nan_policy="omit").statistic)
+    assert row.text_ratio == pytest.approx(np.exp(np.nanmedian(np.log(x / y))))
     assert row.calibration_runs == 2
 
 

@@ -20,14 +20,6 @@ from bitatlas.cache.store import Store
 from bitatlas.solvers import Problem, SideBudget, get_solver
 
 
-@pytest.fixture
-def index(home, fakes, monkeypatch):
-    index = fakes.dense_index(6, "dense-6")
-    fakes.fill(Store(home), index)
-    monkeypatch.setattr(solving, "register", lambda model: index)
-    return index
-
-
 @pytest.mark.parametrize("points", [-3, 0, 1])
 def test_a_front_needs_two_points(index, home, points) -> None:
     before = len(Store(home).frontiers(index.digest))

@@ -182,23 +182,19 @@ def test_any_units_can_be_grouped(world, dense):
     ) == set(range(8))
 
 
-def test_a_group_of_a_dense_model_keeps_to_its_limit(home, fakes, monkeypatch):
-    dense = fakes.dense_index(6, "dense-6")
-    fakes.fill(Store(home), dense)
-    monkeypatch.setattr(tasks.solving, "register", lambda model: dense)
+def test_a_group_of_a_dense_model_keeps_to_its_limit(index):
+    down = [u for u in index.units if u.role == "down"]
+
+    def bits(formats):
+        taken = sum(FORMATS[formats[u.key]].payload_bytes(u.rows, u.cols) for u in down)
+        return 8 * taken / sum(u.params for u in down)
+
     rules = ExpertRules("role", ("down=3",))
-    plan = tasks.solve("m", metric="fisher_projection", bits=4.5, formats="int{2,3,4,8}-g64", experts=rules)
-    down = [u for u in dense.units if u.role == "down"]
-    taken = sum(FORMATS[plan.formats[u.key]].payload_bytes(u.rows, u.cols) for u in down)
-    assert taken <= 3 * sum(u.params for u in down) / 8
-    free = tasks.solve("m", metric="fisher_projection", bits=4.5, formats="int{2,3,4,8}-g64")
-    assert sum(FORMATS[free.formats[u.key]].payload_bytes(u.rows, u.cols) for u in down) > taken
-    front = tasks.frontier("m", metric="fisher_projection", formats="int{2,3,4,8}-g64", experts=rules)
-    widest = dict(zip(front.units, front.choice[-1]))
-    assert (
-        sum(FORMATS[front.formats[widest[u.key]]].payload_bytes(u.rows, u.cols) for u in down)
-        <= 3 * sum(u.params for u in down) / 8
-    )
+    asked = {"metric": "fisher_projection", "formats": "int{2,3,4,8}-g64"}
+    assert bits(tasks.solve("m", **asked, bits=4.5, experts=rules).formats) <= 3
+    assert bits(tasks.solve("m", **asked, bits=4.5).formats) > 3
+    front = tasks.frontier("m", **asked, experts=rules)
+    assert bits({u: front.formats[j] for u, j in zip(front.units, front.choice[-1])}) <= 3
 
 
 def test_rules_for_experts_are_not_ignored_on_a_dense_model(dense):

@@ -16,21 +16,13 @@ from safetensors.torch import load_file
 
 from bitatlas.analysis.calibration import load_tokenizer, make_calibration
 from bitatlas.analysis.model_index import index_model
-from bitatlas.analysis.schema import Allocation, ModelIndex, UserError, parse_format
+from bitatlas.analysis.schema import Allocation, UserError
 from bitatlas.app import tasks
 from bitatlas.app.tasks import shipping
 
 Export = Callable[..., dict[str, Any]]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 TEXT = {"tokens": 256, "seq_len": 32}
-
-
-def allocate(index: ModelIndex, name: str) -> Allocation:
-    formats = {u.key: "bf16" if u.role in ("embed", "head") else name for u in index.units}
-    payload = sum(parse_format(formats[u.key]).payload_bytes(u.rows, u.cols) for u in index.units)
-    return Allocation(
-        index.digest, index.name, formats, payload, index.kept_bytes, payload * 8 / index.params
-    )
 
 
 @pytest.fixture
@@ -46,7 +38,9 @@ def model(tiny_checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def export(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
+def export(
+    model: Path, allocate: Callable[..., Allocation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Export:
     """``export(target, fmt, **options)`` into ``tmp_path / "out"``."""
     monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
     plan_of = {name: allocate(index_model(model), name) for name in ("int4-g32-sym", "int4-g64-sym")}
@@ -185,7 +179,9 @@ def test_gptqmodel_without_a_text_says_so(export: Export, tmp_path: Path) -> Non
     assert "--calibration TEXT" in ran.stderr
 
 
-def test_the_demo_brings_its_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_brings_its_own_text(
+    allocate: Callable[..., Allocation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
     index = index_model(tasks.demo_path())
     tasks.export(

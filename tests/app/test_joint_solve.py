@@ -22,10 +22,9 @@ PAIRS = [f"kv{a}-channel/kv{b}-token" for a in (2, 4, 8) for b in (2, 4, 8)]
 
 
 @pytest.fixture
-def index(home, fakes, monkeypatch):
-    index = fakes.dense_index(6, "dense-6")
+def index(home, index):
+    """With a run of the cache beside the others."""
     store = Store(home)
-    fakes.fill(store, index)
     store.begin_run("kvrun", index.digest, "kv_fisher", settings={"kv_block": 16, "kv_residual": 8})
     rows = []
     for layer in range(6):
@@ -43,8 +42,6 @@ def index(home, fakes, monkeypatch):
         ]
     store.write_step("kvrun", "all", rows)
     store.finish_run("kvrun")
-    for module in ("solving", "describing"):
-        monkeypatch.setattr(f"bitatlas.app.tasks.{module}.register", lambda model: index)
     return index
 
 

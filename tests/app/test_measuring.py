@@ -20,10 +20,16 @@ from bitatlas.app.work.measure import MeasureWork
 from bitatlas.cache.paths import Home
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("word " * 4000)
+    return path
+
+
 def test_a_new_version_of_a_metric_is_another_request(
-    tmp_path: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch
+    home: Home, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
     model = tiny_checkpoint("llama")
 
     def asked() -> dict[str, object]:
@@ -46,12 +52,9 @@ def test_a_new_version_of_a_metric_is_another_request(
 
 
 def test_sequences_longer_than_the_model_reads(
-    tmp_path: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    home: Home, text: Path, tmp_path: Path, tiny_checkpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Learned positions end: no job. Rotary ones go on: a note, beside the request and in the job's log."""
-    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
-    text = tmp_path / "text.txt"
-    text.write_text("word " * 4000)
 
     def asked(model: Path, metric: str, seq_len: int) -> dict[str, object]:
         return measure_params(model, metric, formats="int4-g32", calibration=text, tokens=1024, seq_len=seq_len,
@@ -88,12 +91,7 @@ def _plan(model: Path, folder: Path) -> Path:
     return path
 
 
-def test_what_a_metric_refuses_is_no_job(
-    tmp_path: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
-    text = tmp_path / "text.txt"
-    text.write_text("word " * 4000)
+def test_what_a_metric_refuses_is_no_job(home: Home, text: Path, tiny_checkpoint) -> None:
 
     def asked(metric: str, **settings: object) -> dict[str, object]:
         return measure_params(tiny_checkpoint("llama"), metric, formats="int4-g32", calibration=text, tokens=256,
@@ -112,13 +110,9 @@ def test_what_a_metric_refuses_is_no_job(
 
 
 def test_a_measurement_takes_the_gpu_that_holds_the_model(
-    tmp_path: Path, tiny_checkpoint, on_gpu, monkeypatch: pytest.MonkeyPatch
+    home: Home, text: Path, tiny_checkpoint, on_gpu
 ) -> None:
     """Where it computes is no part of what it is; the model's dtype is."""
-    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
-    text = tmp_path / "text.txt"
-    text.write_text("word " * 4000)
-    home = Home(tmp_path / "home")
 
     def work(metric: str = "fisher", **options: str) -> MeasureWork:
         params = measure_params(
@@ -155,9 +149,8 @@ def test_a_measurement_takes_the_gpu_that_holds_the_model(
 
 
 def test_a_job_of_many_metrics_has_a_short_title(
-    tmp_path: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch
+    home: Home, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
     titles = []
     monkeypatch.setattr(measuring, "submit", lambda kind, params, title: titles.append(title) or "job")
     model = tiny_checkpoint("llama")
@@ -166,13 +159,10 @@ def test_a_job_of_many_metrics_has_a_short_title(
     assert titles == ["measure weight_error, alphaq of llama", "measure 4 metrics of llama"]
 
 
-def test_the_steps_of_dear_metrics_weigh_more(tmp_path: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
-    text = tmp_path / "text.txt"
-    text.write_text("word " * 4000)
+def test_the_steps_of_dear_metrics_weigh_more(home: Home, text: Path, tiny_checkpoint) -> None:
     params = measure_params(tiny_checkpoint("llama"), "weight_error,hawq_trace", formats="int4-g32", calibration=text,
                             tokens=256, seq_len=64, seed=0, settings=None)  # fmt: skip
-    work = MeasureWork(params, Home.default())
+    work = MeasureWork(params, home)
     by_metric = {
         name: {w for k, w in zip(work.plan(), work.weights()) if k.startswith(name)} for name in work.metrics
     }
@@ -181,22 +171,16 @@ def test_the_steps_of_dear_metrics_weigh_more(tmp_path: Path, tiny_checkpoint, m
 
 
 def test_a_setting_with_its_metric_before_it_is_the_same_request(
-    tiny_checkpoint, tmp_path: Path, home
+    home: Home, text: Path, tiny_checkpoint
 ) -> None:
-    folder, text = tiny_checkpoint("qwen3_moe"), tmp_path / "text.txt"
-    text.write_text("some words " * 200)
-
     def asked(setting: str):
-        return measure_params(folder, "expert_error", formats="int4-g32", calibration=text, tokens=256, seq_len=32,
+        return measure_params(tiny_checkpoint("qwen3_moe"), "expert_error", formats="int4-g32", calibration=text, tokens=256, seq_len=32,
                               seed=0, settings={setting: "gptq"})  # fmt: skip
 
     assert asked("expert_error.quantizer") == asked("quantizer")
 
 
-def test_an_estimate_knows_the_request(
-    tmp_path: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BITATLAS_HOME", str(tmp_path / "home"))
+def test_an_estimate_knows_the_request(home: Home, tiny_checkpoint) -> None:
     model = tiny_checkpoint("llama")
 
     def asked(metric: str = "fisher_diag", **options: object) -> list[dict[str, object]]:

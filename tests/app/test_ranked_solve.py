@@ -10,14 +10,6 @@ from bitatlas.cache.store import Store
 
 
 @pytest.fixture
-def index(home, fakes, monkeypatch):
-    index = fakes.dense_index(6, "dense-6")
-    fakes.fill(Store(home), index)
-    monkeypatch.setattr(solving, "register", lambda model: index)
-    return index
-
-
-@pytest.fixture
 def lim(home, index):
     """Block 2 turns its input most, block 5 least."""
     store, value = Store(home), (-0.6, -0.5, -0.1, -0.4, -0.7, -0.9)

@@ -150,21 +150,16 @@ def test_allocations_verifications_frontiers_candidates(store, index):
     fk = store.put_frontier(D, f, "r")
     back = store.frontier(fk)
     assert np.isnan(back.seconds)
-    cost = replace(
-        f,
-        solver="priced",
-        supported=np.arange(len(f.predicted)) % 2 == 0,
-        seconds=1.5,
-        evaluations=7,
-        tokens=900,
-    )
-    priced = store.frontier(store.put_frontier(D, cost, "r"))
+    cost = replace(f, solver="priced", supported=np.arange(len(f.predicted)) % 2 == 0, seconds=1.5, evaluations=7,
+                   tokens=900)  # fmt: skip
+    newest = store.put_frontier(D, cost, "r")
+    priced = store.frontier(newest)
     assert (priced.seconds, priced.evaluations, priced.tokens) == (1.5, 7, 900)
     assert np.array_equal(priced.supported, cost.supported)
     assert (back.units, back.formats, back.metric, back.solver) == (f.units, f.formats, f.metric, f.solver)
     for name in ("payload_bytes", "predicted", "choice"):
         np.testing.assert_array_equal(getattr(back, name), getattr(f, name))
-    assert fk in [found["id"] for found in store.frontiers(D)]
+    assert [found["id"] for found in store.frontiers(D)] == [newest, fk]
 
     cs = [Candidate("h1", 2.0, 7, 100, {"gen": 1}), Candidate("h2", 1.0, 7, 100), Candidate("h3", math.nan)]
     assert store.put_candidates("r", cs) == 3

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -23,18 +24,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("BITATLAS_HOME", str(folder))
         patch.setenv("OMP_NUM_THREADS", "1")
         yield folder
-    stop_workers(folder)
+    for worker in workers_of(folder):  # their engines end with them
+        worker.terminate()
+        worker.wait(10)
 
 
-def stop_workers(folder: Path) -> None:
-    """End the workers (and with them their engines) of a data folder."""
-    import psutil
+def workers_of(folder: Path) -> list[psutil.Process]:
+    """The workers that run for a data folder."""
+    lines = ((p, p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
+    return [p for p, line in lines if "bitatlas.app.worker" in line and str(folder) in line]
 
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        if "bitatlas.app.worker" in line and str(folder) in line:
-            process.terminate()
-            process.wait(10)
+
+@pytest.fixture
+def workers(home: Path) -> Callable[[], list[psutil.Process]]:
+    """``workers()`` -> those that run now for the data folder."""
+    return lambda: workers_of(home)
 
 
 @pytest.fixture(scope="session")

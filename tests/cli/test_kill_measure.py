@@ -23,18 +23,10 @@ from bitatlas.cache.store import Store
 FORMATS = "int2-g64,int3-g64,int4-g64"
 
 
-def worker_of(folder: Path) -> psutil.Process | None:
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        if "bitatlas.app.worker" in line and str(folder) in line:
-            return process
-    return None
-
-
 @pytest.mark.slow
 def test_killed_and_killed_again(
-    home: Path, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
-):
+    workers: Callable[[], list[psutil.Process]], tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+):  # fmt: skip
     model = tiny_checkpoint("qwen3_moe")
     index = index_model(model)
     with MeasureContext(index, expand_formats(FORMATS), text=text, tokens=128, seq_len=32) as ctx:
@@ -48,12 +40,12 @@ def test_killed_and_killed_again(
         time.sleep(rng.uniform(0.3, 4.0) if kills else 0.1)
         if tasks.jobs_show(job)["state"] == "done":
             break
-        worker = worker_of(home)
-        if worker is None:
+        found = workers()
+        if not found:
             tasks.submit_measure(model, "kl_flip", **asked)  # asking again starts a worker and joins the job
             continue
-        worker.send_signal(signal.SIGKILL)
-        worker.wait(10)
+        found[0].send_signal(signal.SIGKILL)
+        found[0].wait(10)
         kills += 1
         tasks.submit_measure(model, "kl_flip", **asked)
     done = tasks.measure(model, "kl_flip", wait=True, **asked)

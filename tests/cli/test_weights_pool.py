@@ -26,15 +26,6 @@ FORMATS = "int2-g64,int4-g64"
 METRICS = "weight_error,zd,quantmoe_outlier"
 
 
-def family_of(folder: Path) -> list[psutil.Process]:
-    """The worker of a data folder and everything below it."""
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        if "bitatlas.app.worker" in line and str(folder) in line:
-            return [process, *process.children(recursive=True)]
-    return []
-
-
 def until(check: Callable[[], object], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not check():
@@ -44,13 +35,18 @@ def until(check: Callable[[], object], seconds: float = 60.0) -> None:
 
 @pytest.mark.slow
 def test_rows_are_those_of_one_process_and_a_killed_job_goes_on(
-    home: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    workers: Callable[[], list[psutil.Process]], tiny_checkpoint: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def family() -> list[psutil.Process]:
+        """The worker and everything below it."""
+        return [p for worker in workers() for p in (worker, *worker.children(recursive=True))]
+
     monkeypatch.setenv("BITATLAS_PROCESSES", "2")
     model = tiny_checkpoint("qwen3_moe")
     job = tasks.submit_measure(model, METRICS, formats=FORMATS)
-    until(lambda: sum("spawn_main" in " ".join(p.cmdline()) for p in family_of(home)) == 2)
-    killed = family_of(home)
+    until(lambda: sum("spawn_main" in " ".join(p.cmdline()) for p in family()) == 2)
+    killed = family()
     killed[0].send_signal(signal.SIGKILL)
     until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in killed))
     done = tasks.measure(model, METRICS, formats=FORMATS, wait=True)

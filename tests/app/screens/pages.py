@@ -9,8 +9,11 @@ from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
 import bitatlas.app
+from bitatlas.analysis.schema import ModelIndex
+from bitatlas.cache.paths import Home
+from bitatlas.cache.store import Store
 
-__all__ = ["heading", "open_page"]
+__all__ = ["heading", "index_of", "open_page"]
 
 _MAIN = Path(next(iter(bitatlas.app.__path__))) / "main.py"
 
@@ -27,6 +30,12 @@ def open_page(address: str, **query: str) -> AppTest:
     at.run()
     assert not at.exception, [e.value for e in at.exception]
     return at
+
+
+def index_of(study: str) -> ModelIndex:
+    """The stored model that a label of the study picker means."""
+    store = Store(Home.default())
+    return store.model(next(m["digest"] for m in store.models() if study.endswith(m["digest"][:8])))
 
 
 def heading(at: AppTest) -> str:

@@ -14,7 +14,7 @@ from bitatlas.app.screens import SCREENS
 from bitatlas.app.selection import Selection
 from bitatlas.cache.store import Store
 from bitatlas.solvers import SOLVERS
-from tests.app.screens.pages import heading, open_page
+from tests.app.screens.pages import heading, index_of, open_page
 
 
 @pytest.mark.parametrize("screen", [s.name for s in SCREENS])
@@ -58,12 +58,12 @@ def test_map_draws_and_names_the_answer(filled):
 
 
 def test_map_opens_on_the_damage_to_solve_with_not_on_the_newest(filled, home):
-    store = Store(home)
-    digest = next(m["digest"] for m in store.models() if filled[0].endswith(m["digest"][:8]))
-    units = store.model(digest).unit_keys()
+    store, index = Store(home), index_of(filled[0])
     for name in ("fisher_scaled", "alphaq_alpha"):  # the newest comes first in the picker
-        store.begin_run(f"late {name}", digest, name)
-        store.write_step(f"late {name}", "a", [DamageRow(name, u, "int3-g64", 1.0) for u in units])
+        store.begin_run(f"late {name}", index.digest, name)
+        store.write_step(
+            f"late {name}", "a", [DamageRow(name, u, "int3-g64", 1.0) for u in index.unit_keys()]
+        )
         store.finish_run(f"late {name}")
     at = open_page("map", study=filled[0])
     assert at.selectbox(key="metric").options.index("alphaq_alpha") == 0
@@ -179,8 +179,7 @@ def test_allocators_solve_a_front_once(filled, home, monkeypatch):
 
 def test_allocators_say_what_they_cost(filled, home):
     """A search's cost comes from its front; a solver that counts pairs is offered where probes are stored."""
-    store = Store(home)
-    index = store.model(next(m["digest"] for m in store.models() if m["name"] == "dense-6"))
+    store, index = Store(home), index_of(filled[0])
     run = next(r for r in store.runs(index.digest) if r.metric == "fisher_projection")
     table = store.table(run.run, run.metric, index.unit_keys())
     pairs_title = SOLVERS["projection_descent"].TITLE
@@ -264,11 +263,10 @@ def test_k_and_v_by_layer_move_the_memory_bar(filled):
 def test_export_shows_the_notes_and_the_refused_units(filled, home):
     from bitatlas.analysis.schema import Allocation
 
-    store = Store(home)
-    digest = next(m["digest"] for m in store.models() if filled[0].endswith(m["digest"][:8]))
-    index = store.model(digest)
+    index = index_of(filled[0])
     formats = {u.key: "bf16" if u.layer < 0 else "int5-g32-sym" for u in index.units}
-    store.put_allocation(Allocation(digest, index.name, formats, 1, index.kept_bytes, 5.5, solver="made"))
+    made = Allocation(index.digest, index.name, formats, 1, index.kept_bytes, 5.5, solver="made")
+    Store(home).put_allocation(made)
     at = open_page("export", study=filled[0])
     at.selectbox(key="target").set_value("vllm").run()
     assert heading(at) == "## vLLM (compressed-tensors) loads and serves this allocation"
@@ -284,15 +282,15 @@ def test_export_shows_the_notes_and_the_refused_units(filled, home):
 def test_fit_solves_under_an_engine_and_under_limits_on_groups(filled, home):
     from bitatlas.analysis.schema import FORMATS
 
+    index, store = index_of(filled[0]), Store(home)
+
     def plan(**query):
         at = open_page("fit", study=filled[0], context="0", **query)
-        before = {a.id for a in Store(home).allocations(digest)}
+        before = {a.id for a in store.allocations(index.digest)}
         at.button(key="keep_allocation").click().run()
-        new = [a.id for a in Store(home).allocations(digest) if a.id not in before]
-        return at, Store(home).allocation(new[0])
+        (new,) = {a.id for a in store.allocations(index.digest)} - before
+        return at, store.allocation(new)
 
-    digest = next(m["digest"] for m in Store(home).models() if filled[0].endswith(m["digest"][:8]))
-    index = Store(home).model(digest)
     _, free = plan()
     at, limited = plan(fit_groups="role", fit_limits="down=2.5")
     down = [u for u in index.units if u.role == "down"]
@@ -307,12 +305,7 @@ def test_fit_solves_under_an_engine_and_under_limits_on_groups(filled, home):
     at, served = plan(fit_target="vllm")
     assert served.provenance.settings["target"] == "vllm"
     assert any("--target vllm" in c.value for c in at.code)
-    for layer in range(index.n_layers):  # fused in the engine
-        assert (
-            len(
-                {served.formats[u.key] for u in index.units if u.layer == layer and u.role in ("q", "k", "v")}
-            )
-            == 1
-        )
+    fused = {(u.layer, served.formats[u.key]) for u in index.units if u.role in ("q", "k", "v")}
+    assert len(fused) == index.n_layers  # one format a layer, as the engine fuses them
     wrong = open_page("fit", study=filled[0], fit_groups="role", fit_limits="nobody=3")
     assert any("no group called" in e.value for e in wrong.error)

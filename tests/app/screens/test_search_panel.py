@@ -11,8 +11,7 @@ from bitatlas.app import tasks
 from bitatlas.app.jobs.status import JobStatus
 from bitatlas.app.views.fit_controls import Asked, encode_question
 from bitatlas.app.widgets import search_panel
-from bitatlas.cache.store import Store
-from tests.app.screens.pages import open_page
+from tests.app.screens.pages import index_of, open_page
 
 ASKED = Asked("fisher_projection", ("int2-g64", "int4-g64"), 2_000_000, 256, 2, "8/4", 5000, "vllm")
 
@@ -40,19 +39,9 @@ def test_a_search_is_begun_for_the_question_of_fit(filled, monkeypatch):
     at.button(key="start_search").click().run()
     assert not at.exception
     asked = begun[0]
-    assert (asked["solver"], asked["steps"], asked["fit"], asked["context"], asked["batch"]) == (
-        "evopress",
-        3,
-        2_000_000,
-        256,
-        2,
-    )
-    assert (asked["kv_plan"], asked["reserve"], asked["formats"], asked["target"]) == (
-        "8/4",
-        5000,
-        ASKED.formats,
-        "vllm",
-    )
+    want = {"solver": "evopress", "steps": 3, "fit": 2_000_000, "context": 256, "batch": 2, "kv_plan": "8/4", "reserve": 5000,
+            "formats": ASKED.formats, "target": "vllm"}  # fmt: skip
+    assert {name: asked[name] for name in want} == want
     assert set(asked["pins"].values()) == {"int8-g64"}
     assert len(asked["pins"]) == 2
     assert at.query_params["job"] in ("job1", ["job1"])
@@ -86,9 +75,8 @@ def test_what_a_search_cannot_take_is_told_on_the_page(filled, monkeypatch):
 
 
 @pytest.mark.parametrize(("state", "seen"), [("running", True), ("cancelled", True), ("done", False)])
-def test_the_front_of_an_unfinished_search_is_shown(filled, home, monkeypatch, state, seen):
-    digest = next(m["digest"] for m in Store(home).models() if filled[0].endswith(m["digest"][:8]))
-    jobs = [JobStatus("j", "search", "EvoPress on dense-6", {"digest": digest, "solver": "evopress"}, state),
+def test_the_front_of_an_unfinished_search_is_shown(filled, monkeypatch, state, seen):
+    jobs = [JobStatus("j", "search", "EvoPress on dense-6", {"digest": index_of(filled[0]).digest, "solver": "evopress"}, state),
             JobStatus("k", "search", "of another model", {"digest": "x", "solver": "evopress"}, "running")]  # fmt: skip
     rows = [
         {"payload_bytes": b, "kl": k, "tokens": 64, "forward_equivalents": n}

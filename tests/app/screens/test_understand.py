@@ -7,7 +7,7 @@ import pytest
 
 from bitatlas.analysis.schema import DamageRow
 from bitatlas.cache.store import Store
-from tests.app.screens.pages import heading, open_page
+from tests.app.screens.pages import heading, index_of, open_page
 
 
 @pytest.mark.parametrize("address", ["metrics", "unit", "experts"])
@@ -53,10 +53,8 @@ def test_a_units_inputs_and_how_to_get_them(filled, home, tmp_path):
     name = "model.layers.0.mlp.down_proj"
     at = open_page("unit", study=filled[0], unit=name, weights="true")
     assert any("--metric massive_activations" in c.value for c in at.code)
-    store = Store(home)
-    digest = next(m["digest"] for m in store.models() if filled[0].endswith(m["digest"][:8]))
-    index = store.model(digest)
-    store.begin_run("watched", digest, "massive_activations")
+    store, index = Store(home), index_of(filled[0])
+    store.begin_run("watched", index.digest, "massive_activations")
     rows = [DamageRow("massive_activations", u.key, "-", 0.0, count=9) for u in index.units]
     store.write_step("watched", "all", rows)
     counts = np.tile([0, 60, 40, 0], (len(rows), 1))

@@ -4,12 +4,12 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bitatlas.analysis.schema import Allocation, KeptTensor, ModelIndex, QuantUnit, parse_format
+from bitatlas.analysis.schema import KeptTensor, ModelIndex, QuantUnit
 
 HIDDEN, FFN, EXPERT_FFN, KV, VOCAB = 256, 512, 128, 64, 1000
 
@@ -44,24 +44,9 @@ def build_index(kind: str = "llama", layers: int = 2, experts: int = 0, tied: bo
                       layers, experts, 2 if experts else 0, None, VOCAB)  # fmt: skip
 
 
-def allocation_of(index: ModelIndex, formats: str | Mapping[str, str]) -> Allocation:
-    """An allocation; a single name is for the linears, embedding and head then stay at 16 bits."""
-    if isinstance(formats, str):
-        formats = {u.key: "bf16" if u.role in ("embed", "head") else formats for u in index.units}
-    payload = sum(parse_format(formats[u.key]).payload_bytes(u.rows, u.cols) for u in index.units)
-    return Allocation(
-        index.digest, index.name, dict(formats), payload, index.kept_bytes, payload * 8 / index.params
-    )
-
-
 @pytest.fixture(scope="session")
 def make_index() -> Callable[..., ModelIndex]:
     return build_index
-
-
-@pytest.fixture(scope="session")
-def allocate() -> Callable[..., Allocation]:
-    return allocation_of
 
 
 @pytest.fixture(scope="session")

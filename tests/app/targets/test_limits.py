@@ -11,7 +11,6 @@ import pytest
 
 from bitatlas.analysis.model_index import index_model
 from bitatlas.analysis.schema import (
-    Allocation,
     Budget,
     SensitivityTable,
     UserError,
@@ -77,10 +76,8 @@ def test_no_format_at_all(make_index) -> None:
 
 
 def test_a_type_that_falls_back_is_not_offered(make_index) -> None:
-    index, target = (
-        make_index("qwen3_moe", experts=2),
-        TARGETS["llama.cpp"],
-    )  # down has 128 columns, the rest 256
+    index, target = make_index("qwen3_moe", experts=2), TARGETS["llama.cpp"]
+    # Down has 128 columns, the rest 256.
     formats = ("int3-g64", "int4-g32-sym", "int8-g32-sym")
     limits = limits_of(target, index, formats)
     takes = dict(zip(index.unit_keys(), limits.mask(index, formats).tolist()))
@@ -91,13 +88,9 @@ def test_a_type_that_falls_back_is_not_offered(make_index) -> None:
     assert {plan.formats[u.key] for u in index.units} == {"int3-g64", "int4-g32-sym"}
     types = target.types(plan, index)
     assert all(asked == got for asked, got, _ in types.values())
-    assert (
-        target.check(allocate_all(plan, "int3-g64"), index).status == SERVABLE
-    )  # llama-quantize does make it, as q4_0
-
-
-def allocate_all(plan: Allocation, name: str) -> Allocation:
-    return replace(plan, formats=dict.fromkeys(plan.formats, name))
+    # llama-quantize does make it, as q4_0.
+    everywhere = replace(plan, formats=dict.fromkeys(plan.formats, "int3-g64"))
+    assert target.check(everywhere, index).status == SERVABLE
 
 
 def test_only_types_that_fall_back(tiny_checkpoint) -> None:

@@ -76,7 +76,7 @@ def test_refused_units_are_named_with_what_helps_and_bounded(
 
 
 def test_the_repaired_plan_is_servable_and_claims_nothing_it_does_not_know(
-    folder: Path, plan: Allocation, tmp_path: Path
+    folder: Path, plan: Allocation, allocate, tmp_path: Path
 ) -> None:
     index = index_model(folder)
     unit = next(u.key for u in index.units if u.role == "q")
@@ -96,18 +96,12 @@ def test_the_repaired_plan_is_servable_and_claims_nothing_it_does_not_know(
     assert fixed.pins == {"lm_head": "bf16"}
     assert all(math.isnan(x) for x in (fixed.predicted, fixed.lower_bound, fixed.gap))
     assert (fixed.solver, fixed.status) == ("mckp+repair", "feasible")
-    assert fixed.payload_bytes == allocate_bytes(fixed, index)
+    assert fixed.payload_bytes == allocate(index, fixed.formats).payload_bytes
     assert fixed.kv == broken.kv
     assert "repaired: " in said
     assert "1 pins do not hold any more" in said
     over = VLLM.engine_bytes(fixed, index) - plan.weights_bytes
     assert ("over its budget" in said) == (over > 0)
-
-
-def allocate_bytes(plan: Allocation, index) -> int:
-    from bitatlas.analysis.schema import parse_format
-
-    return sum(parse_format(plan.formats[u.key]).payload_bytes(u.rows, u.cols) for u in index.units)
 
 
 def test_nothing_to_repair_and_nothing_that_helps(

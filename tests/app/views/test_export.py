@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bitatlas.analysis.schema import Allocation, parse_format
+from bitatlas.analysis.schema import Allocation
 from bitatlas.app.targets import SERVABLE, TARGETS
 from bitatlas.app.views.export import build_export
 
@@ -18,15 +18,15 @@ def index(fakes):
     return fakes.dense_index()
 
 
-def plan_of(index, formats: dict[str, str]) -> Allocation:
-    payload = sum(parse_format(formats[u.key]).payload_bytes(u.rows, u.cols) for u in index.units)
-    kv = dict.fromkeys(range(index.n_layers), ("kv8-channel", "kv8-token"))
-    return Allocation(
-        index.digest, index.name, formats, payload, index.kept_bytes, payload * 8 / index.params, kv=kv
+@pytest.fixture
+def plan_of(allocate):
+    """An allocation with K and V at 8 bits."""
+    return lambda index, formats: replace(
+        allocate(index, formats), kv=dict.fromkeys(range(index.n_layers), ("kv8-channel", "kv8-token"))
     )
 
 
-def test_notes_bytes_and_the_cache(index) -> None:
+def test_notes_bytes_and_the_cache(index, plan_of) -> None:
     plan = plan_of(index, {u.key: "bf16" if u.layer < 0 else "int3-g32-sym" for u in index.units})
     verdict, view = VLLM.check(plan, index), build_export(VLLM, plan, index)
     assert view.status == SERVABLE
@@ -35,7 +35,7 @@ def test_notes_bytes_and_the_cache(index) -> None:
     assert (view.units, view.repaired) == ((), "")
 
 
-def test_refused_units_and_the_repaired_plan(index) -> None:
+def test_refused_units_and_the_repaired_plan(index, plan_of) -> None:
     plan = plan_of(index, {u.key: "bf16" if u.layer < 0 else "int3-channel" for u in index.units})
     view = build_export(VLLM, plan, index)
     assert {u.unit for u in view.units} == {u.key for u in index.units if u.layer >= 0}
@@ -53,7 +53,7 @@ def test_refused_units_and_the_repaired_plan(index) -> None:
         (lambda u: "int3-channel" if u.expert < 0 else "int4-g32-sym", "rejected"),
     ],
 )
-def test_files_and_command_are_there_unless_it_is_rejected(fakes, pick, status: str) -> None:
+def test_files_and_command_are_there_unless_it_is_rejected(fakes, plan_of, pick, status: str) -> None:
     index = fakes.moe_index(layers=2, experts=4)
     plan = plan_of(index, {u.key: "bf16" if u.layer < 0 else pick(u) for u in index.units})
     view = build_export(VLLM, plan, index)
