@@ -116,8 +116,9 @@ def fixed_margin(left: int = 76, right: int = 12, top: int = 34, bottom: int = 5
     return {"l": left, "r": right, "t": top, "b": bottom, "autoexpand": False}
 
 
-def _axis(p: Palette) -> dict[str, Any]:
+def _axis(p: Palette, log: bool) -> dict[str, Any]:
     return {
+        "exponentformat": "power" if log else "B",  # 10^-4 nats, not 100 µ; but 20k weights
         "gridcolor": p.grid, "zeroline": False, "linecolor": p.grid, "ticks": "", "automargin": True, "ticklabeloverflow": "allow",
         "title": {"font": {"size": 13, "color": p.muted}, "standoff": 8}, "tickfont": {"color": p.muted, "size": 12},
     }  # fmt: skip
@@ -147,7 +148,8 @@ def dress(figure: go.Figure, p: Palette) -> go.Figure:
     """
     own = figure.layout.to_plotly_json()
     own.pop("template", None)
-    axes = {name: _axis(p) for name in {"xaxis", "yaxis", *filter(_AXIS.fullmatch, own)}}
+    names = {"xaxis", "yaxis", *filter(_AXIS.fullmatch, own)}
+    axes = {name: _axis(p, own.get(name, {}).get("type") == "log") for name in names}
     figure.layout = _merged(_layout(p) | axes, own)
     figure.layout.template = None  # assigning a layout brings the default one back
     for trace in figure.data:

@@ -40,7 +40,7 @@ def damage_curve(view: UnitView, p: Palette) -> go.Figure:
         add_floor(figure, view.floor, p, "dash")
     figure.update_layout(
         height=380, dragmode=False, margin=fixed_margin(top=56), xaxis={"title": "effective bits per weight"},
-        yaxis={"title": f"{view.metric} ({view.unit_name})", "type": "log", "exponentformat": "power"},
+        yaxis={"title": f"{view.metric} ({view.unit_name})", "type": "log"},
     )  # fmt: skip
     return dress(figure, p)
 
@@ -86,6 +86,6 @@ def spectrum(evidence: Evidence, p: Palette) -> go.Figure:
                            line={"color": "#c2410c", "dash": "dash", "width": 2}, hoverinfo="skip")  # fmt: skip
     figure.update_layout(
         height=300, dragmode=False, margin=fixed_margin(),
-        xaxis={"title": "eigenvalue", "type": "log", "exponentformat": "power"}, yaxis={"title": "share above", "type": "log"},
+        xaxis={"title": "eigenvalue", "type": "log"}, yaxis={"title": "share above", "type": "log"},
     )  # fmt: skip
     return dress(figure, p)

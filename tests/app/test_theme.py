@@ -28,6 +28,7 @@ def test_own_layout_stands_above_the_theme(look: Any) -> None:
     assert layout.xaxis.title.text == "bits"
     assert layout.xaxis.title.font.color == look.muted
     assert layout.yaxis2.type == "log"
+    assert (layout.xaxis.exponentformat, layout.yaxis2.exponentformat) == ("B", "power")
     assert layout.yaxis2.gridcolor == layout.yaxis.gridcolor == look.grid
     assert layout.margin.l == 10
     assert layout.margin.autoexpand is False
