@@ -9,7 +9,7 @@ from bitatlas.app import tasks
 from bitatlas.app.sizes import format_bytes
 from bitatlas.app.studies import Study, open_store
 from bitatlas.app.targets import TARGETS
-from bitatlas.app.views.export import ExportView, build_engines, build_export
+from bitatlas.app.views.export import ExportView, build_engines, build_export, first_shown
 from bitatlas.app.widgets.boxes import empty_state, error_box
 from bitatlas.app.widgets.data import the_study
 from bitatlas.app.widgets.frame import title
@@ -38,9 +38,10 @@ def page() -> None:
         return
     head = st.container()
     names = {a.label: a for a in study.allocations}
+    first = first_shown([a.solver for a in study.allocations])
     with st.container(horizontal=True, vertical_alignment="bottom"):
         chosen = open_store().allocation(
-            names[st.selectbox("Allocation", list(names), key="export_allocation", width=420)].id
+            names[st.selectbox("Allocation", list(names), first, key="export_allocation", width=420)].id
         )
         engine = TARGETS[
             st.selectbox(

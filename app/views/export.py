@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bitatlas.analysis.schema import Allocation, ModelIndex
 from bitatlas.app.targets.base import Target
 from bitatlas.app.targets.repair import repaired
+from bitatlas.solvers import SOLVERS
 
-__all__ = ["EngineRow", "ExportView", "UnitRow", "build_engines", "build_export"]
+__all__ = ["EngineRow", "ExportView", "UnitRow", "build_engines", "build_export", "first_shown"]
 
 _WORDS = {
     "servable": "loads and serves this allocation",
@@ -54,6 +55,15 @@ class ExportView:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return asdict(self)
+
+
+def first_shown(solvers: Sequence[str]) -> int:
+    """Which allocation the page opens with, from the solver of each, newest first.
+
+    The newest that something measured has decided; rules by hand are made to compare with.
+    """
+    by_hand = [s in SOLVERS and not SOLVERS[s].NEEDS_DAMAGE and not SOLVERS[s].METRICS for s in solvers]
+    return by_hand.index(False) if False in by_hand else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import pytest
 
 from bitatlas.analysis.schema import Allocation
 from bitatlas.app.targets import SERVABLE, TARGETS
-from bitatlas.app.views.export import build_export
+from bitatlas.app.views.export import build_export, first_shown
 
 VLLM = TARGETS["vllm"]
 
@@ -24,6 +24,12 @@ def plan_of(allocate):
     return lambda index, formats: replace(
         allocate(index, formats), kv=dict.fromkeys(range(index.n_layers), ("kv8-channel", "kv8-token"))
     )
+
+
+def test_rules_by_hand_are_not_what_the_page_opens_with() -> None:
+    assert first_shown(["first_last", "uniform", "mckp", "path"]) == 2
+    assert first_shown(["q4_k_m", "evopress", "mckp"]) == 1
+    assert first_shown(["uniform", "q4_k_m"]) == 0
 
 
 def test_notes_bytes_and_the_cache(index, plan_of) -> None:
