@@ -44,7 +44,7 @@ def curve(rows: list[dict[str, Any]]) -> go.Figure:
             x=[s["forward_equivalents"] for s in steps], y=[s["kl_held_out"] for s in steps], mode="lines+markers",
             error_y={"type": "data", "array": [s["kl_held_out_stderr"] for s in steps], "thickness": 0.5, "width": 0},
             name=f"{TITLES.get(search, search)}, {bits:g} bits, seed {seed}", marker={"size": 5},
-            line={"color": COLOURS.get(search, "#334155"), "dash": ("solid", "dot", "dash", "dashdot")[budgets.index(bits) % 4]},
+            line={"color": COLOURS.get(search, "#334155"), "dash": ("solid", "dot", "dash", "dashdot", "longdash")[budgets.index(bits) % 5]},
         )  # fmt: skip
     figure.update_layout(
         template="plotly_white", width=900, height=480, margin={"l": 70, "r": 20, "t": 70, "b": 60},

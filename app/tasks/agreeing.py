@@ -156,7 +156,7 @@ def _facts(run: RunInfo, name: str, index: ModelIndex, costs: bool) -> _Facts:
     ctx = MeasureContext(index, [parse_format(f) for f in run.formats], settings=run.settings,
                          tokens=int(run.provenance.get("tokens") or 1), seq_len=int(settings.get("seq_len") or 2))  # fmt: skip
     cost = metric.cost(ctx)
-    unit = metric.UNIT if unit == name and name == run.metric else unit
+    unit = metric.UNIT if name == run.metric else unit
     return _Facts(unit, metric.ADDITIVE and per_format, float(cost.forward_tokens + 2 * cost.backward_tokens))
 
 
