@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bitatlas.analysis.schema import KvGeometry, KvLayout, KvPair, KvTable, kv_unit
-from bitatlas.solvers.problem import Problem, SideBudget
+from bitatlas.solvers.problem import Problem
 
 __all__ = ["JointProblem", "join_kv", "kv_bytes", "kv_problem"]
 
@@ -124,10 +124,7 @@ def join_kv(
         kept_bytes=weights.kept_bytes,
         imputed=np.append(weights.imputed, np.zeros(m, bool)),
         metric=weights.metric,
-        side=[
-            SideBudget(s.name, np.pad(s.cost, ((0, m), (0, p))), s.limit, s.option, s.unit)
-            for s in weights.side
-        ],
+        side=[replace(s, cost=np.pad(s.cost, ((0, m), (0, p)))) for s in weights.side],
         interaction=interaction,
         interaction_scale=weights.interaction_scale,
         shrinkage=weights.shrinkage,

@@ -157,9 +157,8 @@ def submit_search(
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in checked.items()},
         "policy": str(Path(policy).resolve()) if policy else "", "policy_sha": file_digest(Path(policy)) if policy else "",
     } | ({"kv_layout": dict(kv_layout)} if kv_layout else {})  # fmt: skip
-    if (
-        rules
-    ):  # with the measurements that groups are made of now: a search that goes on later has the same groups
+    if rules:
+        # With the measurements that groups are made of now: a search that goes on later has the same groups.
         params |= rules.settings() | {"rules_seed": seed if rules_seed is None else rules_seed, "evidence": evidence_runs(store, index)}  # fmt: skip
     kind.check(search_problem(params, index, Home.default()))  # now rather than in the job
     return submit("search", params, f"{kind.TITLE} on {index.name}, {budget.label or 'as given'}")
